@@ -1,0 +1,188 @@
+"""Time: the laws from which training draws t, the grids on which samplers walk, and the end-point cut-offs of both.
+
+Cut-offs live here and nowhere else. Where every conversion that is needed is regular, the clock runs over [0, 1].
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmlit.paths import GaussianPath, VPPath
+from fmlit.predictions import PreconditionedVelocity, Prediction, Velocity
+
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # noise-to-data ratios of EDM (Karras et al. 2022, table 1), for data of order 1
+TRAINING_MARGIN = 1e-3
+
+
+class Limits(NamedTuple):
+    """The part of the clock that is used: 0 <= start < end <= 1."""
+
+    start: float
+    end: float
+
+
+def training_limits(path: GaussianPath, prediction: Prediction) -> Limits:
+    """Times from which the velocity loss is finite and has finite variance.
+
+    A velocity network on a path with bounded derivatives needs no cut. On the VP path the velocity diverges like
+    (1-t)^-1/2, and every other prediction divides by alpha or beta on its way to a velocity or a score.
+    """
+    regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
+    return Limits(0.0, 1.0) if regular else Limits(TRAINING_MARGIN, 1.0 - TRAINING_MARGIN)
+
+
+def sampling_limits(path: GaussianPath, prediction: Prediction, stochastic: bool = False) -> Limits:
+    """Times at which the field that a sampler follows is regular.
+
+    An ODE that follows a velocity network runs over the whole clock, VP excepted. What needs a conversion to z, eps or
+    the score (every SDE does) stays where ``SIGMA_MIN <= beta / alpha <= SIGMA_MAX``; a sampler that ends early closes
+    with one denoising step.
+    """
+    regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
+    return Limits(0.0, 1.0) if regular and not stochastic else sigma_limits(path)
+
+
+def sigma_limits(path: GaussianPath, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Limits:
+    """The times at which ``beta / alpha`` equals sigma_max and sigma_min."""
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"noise levels must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    start, end = path.time_of_sigma(torch.tensor([sigma_max, sigma_min], dtype=torch.float64)).tolist()
+    return Limits(start, end)
+
+
+class TimeLaw(ABC):
+    """The distribution of training times, given by its quantile function.
+
+    With ``stratified`` the n draws fall one into each of n equally likely strata, in random order: the same law for
+    each draw, and a batch mean of lower variance (Kingma et al. 2021, appendix I).
+    """
+
+    stratified: bool
+
+    @abstractmethod
+    def quantile(self, u: Tensor) -> Tensor:
+        """The time below which a fraction u in [0, 1] of all draws lies; same shape as u."""
+
+    def sample(self, n: int, generator: torch.Generator, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
+        """(n,) float32 times on the generator's device, moved into the limits by clamping."""
+        device = generator.device
+        u = torch.rand(n, generator=generator, device=device)
+        if self.stratified:
+            u = (torch.randperm(n, generator=generator, device=device) + u) / n
+        return self.quantile(u).clamp(limits.start, limits.end)
+
+
+@dataclass(frozen=True)
+class UniformTime(TimeLaw):
+    """t uniform in [0, 1]."""
+
+    stratified: bool = False
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return u
+
+
+@dataclass(frozen=True)
+class LogitNormalTime(TimeLaw):
+    """t = sigmoid(n) with n ~ N(mean, std^2) (Esser et al. 2024, section 3.1).
+
+    On the CondOT path this is EDM's log-normal noise level: ln sigma = -logit t, so EDM's ln sigma ~ N(-1.2, 1.2^2) is
+    ``LogitNormalTime(mean=1.2, std=1.2)``.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    stratified: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"LogitNormalTime.std must be positive, got {self.std}")
+
+    def quantile(self, u: Tensor) -> Tensor:
+        tiny = torch.finfo(u.dtype).eps
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.clamp(tiny / 2, 1 - tiny)))
+
+
+class Grid(ABC):
+    """The times at which a sampler stops on its way from noise to data.
+
+    ``times(path, steps, limits)`` increases strictly, in float64. Where it can end at t = 1 it has ``steps + 1``
+    entries. Where it must end before, it has ``steps``: the sampler's last step is then one denoising step from
+    ``times[-1]`` to data, as in EDM, and the number of steps is the same.
+    """
+
+    @abstractmethod
+    def times(self, path: GaussianPath, steps: int, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
+        """(steps + 1,) times ending at 1, or (steps,) times ending below 1."""
+
+
+def _points(steps: int, limits: Limits) -> Tensor:
+    """Fractions 0 ... 1 for a grid over ``limits``: one fewer where a denoising step will close it."""
+    closing = limits.end < 1
+    if steps < (2 if closing else 1):
+        raise ValueError(f"steps must be at least {2 if closing else 1} for this grid, got {steps}")
+    return torch.linspace(0, 1, steps if closing else steps + 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class UniformGrid(Grid):
+    """Equal steps in t."""
+
+    def times(self, path: GaussianPath, steps: int, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
+        return limits.start + (limits.end - limits.start) * _points(steps, limits)
+
+
+@dataclass(frozen=True)
+class CosineGrid(Grid):
+    """Equal steps in the angle of a half circle: short steps near both ends."""
+
+    def times(self, path: GaussianPath, steps: int, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
+        fractions = (1 - torch.cos(math.pi * _points(steps, limits))) / 2
+        return limits.start + (limits.end - limits.start) * fractions
+
+
+def _within(path: GaussianPath, limits: Limits, sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """(sigma_max, sigma_min), narrowed to what the limits allow."""
+    window = sigma_limits(path, sigma_min, sigma_max)
+    start, end = max(window.start, limits.start), min(window.end, limits.end)
+    first, last = path.sigma(torch.tensor([start, end], dtype=torch.float64)).tolist()
+    return first, last
+
+
+@dataclass(frozen=True)
+class EDMGrid(Grid):
+    """Equal steps in sigma^(1/rho), sigma = beta / alpha (Karras et al. 2022, eq. 5), on any path.
+
+    Ends at sigma_min; the closing denoising step is EDM's Euler step to sigma = 0.
+    """
+
+    rho: float = 7.0
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
+
+    def __post_init__(self) -> None:
+        if not self.rho > 0:
+            raise ValueError(f"EDMGrid.rho must be positive, got {self.rho}")
+
+    def times(self, path: GaussianPath, steps: int, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
+        first, last = _within(path, limits, self.sigma_min, self.sigma_max)
+        fractions = _points(steps, Limits(0.0, 0.0))
+        roots = first ** (1 / self.rho) + fractions * (last ** (1 / self.rho) - first ** (1 / self.rho))
+        return path.time_of_sigma(roots**self.rho)
+
+
+@dataclass(frozen=True)
+class LogitSNRGrid(Grid):
+    """Equal steps in log(alpha / beta): uniform in the logarithm of the signal-to-noise ratio (Lu et al. 2022)."""
+
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
+
+    def times(self, path: GaussianPath, steps: int, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
+        first, last = _within(path, limits, self.sigma_min, self.sigma_max)
+        fractions = _points(steps, Limits(0.0, 0.0))
+        return path.time_of_sigma(torch.exp(math.log(first) + fractions * math.log(last / first)))
