@@ -44,6 +44,10 @@ class GaussianPath(ABC):
         """Noise-to-data ratio ``beta / alpha``: the noise level of EDM (infinite where alpha is 0)."""
         return self.beta(t) / self.alpha(t)
 
+    def variance_dot(self, t: Tensor) -> Tensor:
+        """d beta^2 / dt = 2 beta beta_dot. A path whose beta_dot diverges at t = 1 gives the finite limit."""
+        return 2 * self.beta(t) * self.beta_dot(t)
+
     def sample(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``x_t = alpha z + beta eps``, a draw from p_t(x | z)."""
         check_time(t)
@@ -174,6 +178,9 @@ class VPPath(GaussianPath):
 
     def beta_dot(self, t: Tensor) -> Tensor:
         return -self.alpha(t) * self.alpha_dot(t) / self.beta(t)
+
+    def variance_dot(self, t: Tensor) -> Tensor:
+        return -2 * self.alpha(t) * self.alpha_dot(t)
 
     def time_of_sigma(self, sigma: Tensor) -> Tensor:
         exponent = torch.log1p(sigma**2) / 2  # -log alpha, a quadratic in s

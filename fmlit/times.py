@@ -29,9 +29,12 @@ def training_limits(path: GaussianPath, prediction: Prediction) -> Limits:
     """Times from which the velocity loss is finite and has finite variance.
 
     A velocity network on a path with bounded derivatives needs no cut. On the VP path the velocity diverges like
-    (1-t)^-1/2, and every other prediction divides by alpha or beta on its way to a velocity or a score.
+    (1-t)^-1/2, preconditioning divides by s, which vanishes with the velocity of a polynomial path at t = 0, and every
+    other prediction divides by alpha or beta on its way to a velocity or a score.
     """
     regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
+    weight = prediction.loss_weight(path, torch.tensor([0.0, 1.0]))
+    regular = regular and (weight is None or bool(torch.isfinite(weight).all()))
     return Limits(0.0, 1.0) if regular else Limits(TRAINING_MARGIN, 1.0 - TRAINING_MARGIN)
 
 

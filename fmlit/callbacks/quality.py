@@ -1,0 +1,96 @@
+"""FID and its relatives while training: a cheap curve at fixed seeds, on all ranks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+
+from fmlit.callbacks.intervals import EveryImages, averages_of, log_metrics, sampled_model
+from fmlit.metrics import Features, ImageQuality, PixelFeatures, Reference, reference_statistics
+from fmlit.metrics.quality import Metric
+from fmlit.metrics.ranks import Ranks
+from fmlit.modules import GenerativeModule
+from fmlit.samplers import ODESampler, Sampler, generate
+from fmlit.tensors import to_uint8
+
+
+class QualityCurve(EveryImages):
+    """Scores ``n`` samples of the averaged weights against the training images, always from the same seeds.
+
+    All ranks share the sampling; the images do not depend on their number. Values are logged under names that carry n
+    and the features (``fid_5k``, ``fd_pixels_1k``), once with the protocol string that they belong to. The checkpoint
+    with the lowest first metric is kept as ``checkpoints/best.ckpt``.
+
+    Args:
+        every: interval in training images; null for never.
+        n: number of samples. Below 2,048 the Inception covariance is rank-deficient; compare curves at equal n only.
+        features: in which distances are taken: ``InceptionFeatures`` for FID, ``PixelFeatures`` for sets of
+            tiny images.
+        metrics: any of fid, kid, precision, recall.
+        sampler: how to sample.
+        split: the part of the data to compare with.
+        batch_size: samples per batch and rank.
+        seed: of the samples.
+        cache: folder of the reference statistics, which are computed once.
+    """
+
+    def __init__(
+        self,
+        every: int | None = None,
+        n: int = 5_000,
+        features: Features = PixelFeatures(),
+        metrics: Sequence[Metric] = ("fid", "kid"),
+        sampler: Sampler = ODESampler(),
+        split: Literal["train", "test"] = "train",
+        batch_size: int = 250,
+        seed: int = 0,
+        cache: str = "data/statistics",
+    ) -> None:
+        super().__init__(every)
+        if n < 2 or batch_size < 1:
+            raise ValueError(
+                f"quality.n must be at least 2 and quality.batch_size at least 1, got {n} and {batch_size}"
+            )
+        self.n, self.features, self.metrics, self.sampler = n, features, tuple(metrics), sampler
+        self.split, self.batch_size, self.seed, self.cache = split, batch_size, seed, cache
+        self.latest: dict[str, float] = {}
+        self.best: float | None = None
+        self._reference: Reference | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.every is None:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.features.to(pl_module.device)
+        fingerprint = data.fingerprint(self.split)
+        self._reference = reference_statistics(
+            data.dataset(self.split), fingerprint, self.features, self.split, self.cache, batch_size=self.batch_size
+        )
+
+    def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+        assert self._reference is not None
+        model = sampled_model(trainer, module)
+        ranks = Ranks.current()
+        with torch.autocast(module.device.type, enabled=False), ranks.failing_together():
+            quality = ImageQuality(self.features, self._reference, self.metrics)
+            for _, samples in generate(
+                model, self.sampler, self.n, self.seed, self.batch_size, rank=ranks.rank, world_size=ranks.size
+            ):
+                quality.update(to_uint8(samples))
+        self.latest = ranks.from_first(quality.reduce().compute)
+        log_metrics(trainer, module, self.latest)
+        if self.best is None and trainer.is_global_zero:
+            weights = "ema" if averages_of(trainer) else "raw"
+            print(f"{next(iter(self.latest))} is {quality.protocol(weights, self.sampler.name)}", flush=True)
+        first = next(iter(self.latest.values()))
+        if self.best is None or first < self.best:
+            self.best = first
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]

@@ -1,0 +1,75 @@
+"""Data sets as lists of items in a fixed order, and the view of one that training takes: batches of flipped images."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class LabelledDataset(Dataset[tuple[Tensor, int]], ABC):
+    """Unaugmented items in a fixed order, each with its class id (0 where there are no classes).
+
+    An item is an image, uint8 (C, H, W), or a vector, float32 (D,).
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Items ``indices``: data (B, *shape) and labels int64 (B,)."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash that changes when the items do: the key of what is computed from them."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        data, labels = self.batch([index])
+        return data[0], int(labels[0])
+
+
+class InMemoryDataset(LabelledDataset):
+    """``data`` (N, *shape) with ``labels`` int64 (N,), all zero where none are given."""
+
+    def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
+        self.data = data.contiguous()
+        self.labels = torch.zeros(len(data), dtype=torch.int64) if labels is None else labels.contiguous()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        return self.data.index_select(0, rows), self.labels.index_select(0, rows)  # 7 times as fast as data[rows]
+
+    def fingerprint(self) -> str:
+        """Hash of shape, type, every value and every label."""
+        digest = hashlib.blake2b(repr((tuple(self.data.shape), str(self.data.dtype))).encode(), digest_size=8)
+        digest.update(self.data.numpy().data)
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()
+
+
+class TrainingView(Dataset[dict[str, Tensor]]):
+    """A data set read in whole batches by (index, flip) pairs; a DataLoader hands these over with ``as_is``."""
+
+    def __init__(self, dataset: LabelledDataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, items: list[tuple[int, bool]]) -> dict[str, Tensor]:
+        """``{"data": (B, *shape), "labels": (B,)}``; images whose flip is set are mirrored left to right."""
+        indices, flips = zip(*items, strict=True)
+        data, labels = self.dataset.batch(indices)
+        if any(flips):
+            flipped = torch.tensor(flips)
+            data[flipped] = data[flipped].flip(-1)
+        return {"data": data, "labels": labels}
+
+
+def as_is(batch: Any) -> Any:
+    """The collate function for data sets that return whole batches."""
+    return batch

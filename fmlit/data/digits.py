@@ -1,0 +1,33 @@
+"""Handwritten digits that ship inside scikit-learn: real images without a download."""
+
+import torch
+
+from fmlit.data.base import DataModule, Split
+from fmlit.data.datasets import InMemoryDataset
+
+
+class Digits(DataModule):
+    """8x8 grey handwritten digits of 43 people (Alpaydin & Kaynak 1998): 1,437 to train on and 360 held out.
+
+    The split is fixed and has the same share of every class; the 17 grey levels are spread over 0 ... 255.
+
+    Args:
+        batch_size: Images per optimiser step, over all ranks and all accumulated batches.
+        seed: Seed of the order in which training sees the images.
+    """
+
+    shape = (1, 8, 8)
+
+    def __init__(self, batch_size: int = 128, seed: int = 0) -> None:
+        super().__init__(batch_size, seed)
+        self.class_names = [str(digit) for digit in range(10)]
+
+    def load(self, split: Split) -> InMemoryDataset:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        train, test = train_test_split(range(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
+        rows = sorted(train if split == "train" else test)
+        images = torch.from_numpy(digits.images[rows]).mul(255 / 16).round().to(torch.uint8)
+        return InMemoryDataset(images[:, None], torch.from_numpy(digits.target[rows]).long())

@@ -1,0 +1,79 @@
+"""Picture files of any origin to square uint8 RGB tensors; a broken file is named, and none can execute anything."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Pillow looks at the contents, not at the name: without this list, PostScript under a name ending in .png would be
+# handed to Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
+class PictureError(ValueError):
+    """A picture that cannot be read, in one line.
+
+    A DataLoader rebuilds an exception of a worker process from the text of its whole traceback. The line that is meant
+    for people is the last one, after the name of this class.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+def find_pictures(folder: str | Path) -> list[str]:
+    """Paths of all pictures below ``folder``, relative to it, with forward slashes, sorted; hidden ones left out.
+
+    Raises:
+        ValueError: the folder is not there, or there is no picture in it.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {folder}: give the folder that holds the pictures")
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        pictures = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        found += [Path(parent, name).relative_to(folder).as_posix() for name in pictures]
+    if not found:
+        raise ValueError(f"there are no pictures in {folder}: fmlit reads {', '.join(EXTENSIONS)}")
+    return sorted(found)
+
+
+def read_picture(path: str | Path, size: int) -> Tensor:
+    """One picture as uint8 (3, size, size): upright by its EXIF tag, on white where transparent, the central square.
+
+    The shorter side becomes ``size`` by Lanczos resampling, which averages over all source pixels when it shrinks.
+
+    Raises:
+        PictureError: the file is not a picture, is damaged, truncated or absurdly large.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            square = ImageOps.fit(_to_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.LANCZOS)
+    except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PictureError(f"cannot read the picture {path} ({reason}): repair or remove it") from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image):
+    """8-bit RGB of a Pillow image of any mode."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
+        levels = np.asarray(image).astype(np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError(f"32-bit levels from {levels.min()} to {levels.max()} have no fixed white")
+        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point levels have no fixed white")
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
+    return image.convert("RGB")

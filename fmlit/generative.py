@@ -1,0 +1,78 @@
+"""``GenerativeModel``: a network together with the meaning of its output. The noun that samplers and scripts take."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fmlit.paths import GaussianPath
+from fmlit.predictions import Prediction
+
+
+class GenerativeModel(nn.Module):
+    """A network, the path that it was trained on, and what it predicts; gives every field that a sampler may follow.
+
+    Args:
+        net: ``net(x, t, labels)``, see ``networks.py``.
+        path: the Gaussian path.
+        prediction: what the network's output means.
+        shape: shape of one data point, e.g. (3, 32, 32).
+        num_classes: number of classes, or None for an unconditional model. The null label is ``num_classes``.
+
+    Fields take x (B, *shape), t (B,) and labels int64 (B,), or None for "unconditional", and return (B, *shape).
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        path: GaussianPath,
+        prediction: Prediction,
+        shape: Sequence[int],
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, or None for an unconditional model, got {num_classes}")
+        if getattr(net, "num_classes", num_classes) != num_classes:
+            raise ValueError(
+                f"{type(net).__name__} has num_classes={net.num_classes}, the model {num_classes}: make them equal"
+            )
+        self.net, self.path, self.prediction = net, path, prediction
+        self.shape, self.num_classes = tuple(shape), num_classes
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "unconditional"; None where there are no classes."""
+        return self.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def with_net(self, net: nn.Module) -> "GenerativeModel":
+        """The same model around another network, e.g. an averaged copy. Nothing is copied."""
+        return GenerativeModel(net, self.path, self.prediction, self.shape, self.num_classes)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The network's own output at x."""
+        if labels is None and self.num_classes is not None:
+            labels = torch.full_like(t, self.num_classes, dtype=torch.int64)
+        elif labels is not None and self.num_classes is None:
+            raise ValueError("labels were given to an unconditional model; pass labels=None")
+        return self.net(self.prediction.network_input(self.path, x, t), t, labels)
+
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The marginal velocity u_t(x)."""
+        return self.prediction.velocity(self.path, self(x, t, labels), x, t)
+
+    def score(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The marginal score grad log p_t(x)."""
+        return self.prediction.score(self.path, self(x, t, labels), x, t)
+
+    def noise(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """E[eps | x_t = x]."""
+        return self.prediction.noise(self.path, self(x, t, labels), x, t)
+
+    def data(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """E[z | x_t = x]: the denoised x."""
+        return self.prediction.data(self.path, self(x, t, labels), x, t)

@@ -1,0 +1,100 @@
+"""The Inception network of 2015 behind every published FID, with the resize of TensorFlow 1."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fmlit.metrics.features import Features, weights_digest
+
+VARIABLE = "FMLIT_INCEPTION"
+DEFAULT = Path("weights/inception.pth")
+# The first features of the image in _probe: a network of the same shape with other weights is not the one of 2015.
+PROBE = (0.2887, 0.5375, 0.1259, 0.1339, 0.0876, 0.2861, 0.1795, 0.0525)
+
+
+class InceptionFeatures(Features):
+    """The 2048 pooled features of FID (Heusel et al. 2017), by torch-fidelity's port of the original network.
+
+    Grey images are repeated to RGB. Logits are not used, and the weights file need not have them.
+
+    Args:
+        weights: a file of torch-fidelity's (or pytorch-fid's) ``weights-inception-2015-12-05``; by default the one that
+            the environment variable FMLIT_INCEPTION names, else ``weights/inception.pth`` if there is one, else
+            torch-fidelity's own download, once.
+
+    Raises:
+        ValueError: no weights and no network, or a file that holds something else.
+    """
+
+    name = "inception"
+    dimension = 2048
+    preprocessing = "tf1resize"
+
+    def __init__(self, weights: str | None = None) -> None:
+        self.weights = weights
+        path = weights or os.environ.get(VARIABLE) or (str(DEFAULT) if DEFAULT.is_file() else None)
+        state, origin = (_read(path), path) if path else _download()
+        self.network = _build(state, origin)
+        used = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
+        self.fingerprint = weights_digest(used)
+        if not torch.allclose(self.extract(_probe())[0, : len(PROBE)], torch.tensor(PROBE), atol=0.01):
+            raise ValueError(f"{origin} holds an Inception network, but not the one of 2015 that FID is defined by")
+
+    def to(self, device: torch.device | str) -> Self:
+        self.network.to(device)
+        return super().to(device)
+
+    def extract(self, images: Tensor) -> Tensor:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"Inception takes grey or RGB images, got {images.shape[1]} channels")
+        return self.network(images.expand(-1, 3, -1, -1))[0]
+
+
+def _probe() -> Tensor:
+    return (torch.arange(3 * 32 * 32) % 251).to(torch.uint8).reshape(1, 3, 32, 32)
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    if not Path(path).is_file():
+        raise ValueError(f"there is no Inception weights file {path} (InceptionFeatures.weights, or ${VARIABLE})")
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file that is something else makes of the unpickler
+        raise ValueError(f"{path} is not a weights file: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a state dict of the FID Inception network, but {type(state).__name__}")
+    return state
+
+
+def _download() -> tuple[dict[str, Tensor], str]:
+    """torch-fidelity's weights through torch.hub's cache, checked by the hash in their name."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    try:
+        state = torch.hub.load_state_dict_from_url(
+            URL_INCEPTION_V3, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"the FID Inception weights cannot be downloaded ({error}): fetch {URL_INCEPTION_V3} on a machine with "
+            f"network and put it at {DEFAULT}, or name it by InceptionFeatures.weights or ${VARIABLE}"
+        ) from error
+    return state, URL_INCEPTION_V3
+
+
+def _build(state: dict[str, Tensor], origin: str) -> nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # torch-fidelity unpickles its file without weights_only: it gets a copy of what was read with it.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
+            return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=buffer)
+    except RuntimeError as error:  # missing, unexpected or misshapen tensors
+        raise ValueError(f"{origin} does not hold the weights of the FID Inception network of 2015") from error

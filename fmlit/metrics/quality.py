@@ -1,0 +1,191 @@
+"""All metrics of a stream of generated images in one pass."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from fmlit.metrics.features import Features
+from fmlit.metrics.frechet import GaussianStatistics, frechet_distance
+from fmlit.metrics.kernel import kernel_distance
+from fmlit.metrics.neighbours import precision_recall
+from fmlit.metrics.protocol import Protocol, metric_key
+from fmlit.metrics.ranks import Ranks
+from fmlit.metrics.reference import Reference
+from fmlit.metrics.reservoir import Reservoir, image_keys
+
+Metric = Literal["fid", "kid", "precision", "recall"]
+INCEPTION_SCORE = ("is", "isc", "inception_score")
+
+
+class ImageQuality:
+    """Distances of generated images from one or more references, in one pass over the images::
+
+        quality = ImageQuality(InceptionFeatures(), reference, metrics=("fid", "kid"))
+        for images in stream: quality.update(images)
+        scores = quality.reduce().compute()          # {"fid_5k": 7.31, "kid_5k": 0.0021}
+
+    The Fréchet distance takes all images. Kernel distance, precision and recall take at most as many as the reference
+    keeps: a random subset that is the same for any order of the images and any number of processes.
+
+    Args:
+        features: on the device where they shall run.
+        reference: real images' statistics by the same features. Of several, e.g. train and test, the first is the one
+            that plain names speak of; the others' scores end in their split: ``fid_5k_test``.
+        metrics: any of fid, kid, precision, recall. Keys name the number of images behind each value, and the features
+            unless they are Inception's (see ``metric_key``).
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        reference: Reference | Sequence[Reference],
+        metrics: Sequence[Metric] = ("fid", "kid"),
+    ) -> None:
+        self.features = features
+        self.reference = reference
+        self.metrics = tuple(metrics)
+        self.references = (reference,) if isinstance(reference, Reference) else tuple(reference)
+        _check_metrics(self.metrics)
+        _check_references(self.references, features)
+        self.statistics = GaussianStatistics()
+        wanted = max(len(r.features) for r in self.references) if set(self.metrics) - {"fid"} else 0
+        self._rows = Reservoir(wanted)
+        self._digest = 0
+        self._reduced = False
+
+    @property
+    def count(self) -> int:
+        """Number of images seen; after ``reduce`` by all ranks."""
+        return self.statistics.count
+
+    @property
+    def digest(self) -> str:
+        """Of the set of images, whatever their order and whoever saw which: equal digests, equal images."""
+        return f"{self._digest % 2**64:016x}"
+
+    def update(self, images: Tensor) -> None:
+        """Add generated uint8 images (B, C, H, W), of the reference's height and width; B may be 0.
+
+        Raises:
+            ValueError: for any other input; nothing is counted then.
+            RuntimeError: after ``reduce``.
+        """
+        if self._reduced:
+            raise RuntimeError("these metrics were reduced over ranks already: start with a new ImageQuality")
+        self._check_images(images)
+        if len(images) == 0:
+            return
+        features = self.features(images)
+        keys = image_keys(images)
+        self.statistics.update(features)
+        self._digest += sum(keys.tolist())
+        if self._rows.capacity:
+            self._rows.update(keys, features)
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.is_floating_point() and not torch.isfinite(images).all():
+            raise ValueError(f"generated images of shape {tuple(images.shape)} hold NaN or infinite values")
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"expected uint8 images (B, C, H, W), got {images.dtype} of shape {tuple(images.shape)}: "
+                "fmlit.tensors.to_uint8 converts from [-1, 1]"
+            )
+        expected = self.references[0].image_shape
+        if tuple(images.shape[-2:]) != expected[-2:]:
+            raise ValueError(
+                f"generated images are {images.shape[-2]}x{images.shape[-1]} pixels and the reference's "
+                f"{expected[-2]}x{expected[-1]}: distances between sizes mean nothing"
+            )
+
+    def reduce(self) -> Self:
+        """Bring together what all ranks of torch.distributed have seen; returns itself.
+
+        Every rank must call it, also one that saw no images. Then any single rank may call ``compute``.
+        """
+        if not self._reduced:
+            ranks = Ranks.current()
+            self.statistics = self.statistics.reduce(ranks)
+            self._rows = self._rows.reduce(ranks) if self._rows.capacity else self._rows
+            self._digest = sum(ranks.gather_objects(self._digest))
+            self._reduced = True
+        return self
+
+    def compute(self) -> dict[str, float]:
+        """All scores of the images seen; without communication.
+
+        Raises:
+            ValueError: fewer than 2 images were seen, or too few for the neighbours of precision and recall.
+        """
+        if self.count < 2:
+            raise ValueError(f"image quality needs at least 2 generated images, got {self.count}")
+        scores: dict[str, float] = {}
+        for reference in self.references:
+            suffix = "" if reference is self.references[0] else f"_{reference.identity.split}"
+            scores |= {key + suffix: value for key, value in self._scores(reference).items()}
+        return scores
+
+    def _scores(self, reference: Reference) -> dict[str, float]:
+        scores = {}
+        if "fid" in self.metrics:
+            self._warn_of_deficient_rank(reference)
+            scores[self._key("fid", self.count)] = frechet_distance(self.statistics, reference)
+        device = self.features.device
+        real = reference.features.to(device)
+        rows = self._rows.rows[: len(real)].to(device)
+        if "kid" in self.metrics:
+            scores[self._key("kid", len(rows))] = kernel_distance(rows, real)
+        if {"precision", "recall"} & set(self.metrics):
+            both = precision_recall(rows, real[: len(rows)])._asdict()  # at equal counts: both depend on them
+            scores |= {self._key(name, len(rows)): value for name, value in both.items() if name in self.metrics}
+        return scores
+
+    def _key(self, metric: str, n: int) -> str:
+        return metric_key(metric, self.features.name, n)
+
+    def _warn_of_deficient_rank(self, reference: Reference) -> None:
+        fewest, dimension = min(self.count, reference.count), self.statistics.dimension
+        if fewest <= dimension:
+            warnings.warn(
+                f"a Fréchet distance from {fewest} images in {dimension} dimensions: the covariance is rank-deficient "
+                "and the value far above that of more images; compare it at equal counts only",
+                stacklevel=4,
+            )
+
+    def protocol(self, weights: str = "", sampler: str = "") -> Protocol:
+        """How the Fréchet distance to the first reference was measured; see ``Protocol`` for the arguments."""
+        identity = self.references[0].identity
+        preprocessing = self.features.preprocessing
+        return Protocol(identity.features, self.count, identity.split, preprocessing, identity.flip, weights, sampler)
+
+
+def _check_metrics(metrics: tuple[str, ...]) -> None:
+    for metric in metrics:
+        if metric.lower() in INCEPTION_SCORE:
+            raise ValueError(
+                f"metric {metric!r} is not offered: the Inception Score needs the network's logits, which weights for "
+                "FID need not hold; take fid or kid"
+            )
+        if metric not in get_args(Metric):
+            raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(get_args(Metric))}")
+    if not metrics:
+        raise ValueError(f"no metrics: choose from {', '.join(get_args(Metric))}")
+
+
+def _check_references(references: tuple[Reference, ...], features: Features) -> None:
+    if not references:
+        raise ValueError("image quality needs at least one reference")
+    for reference in references:
+        identity = reference.identity
+        if (identity.features, identity.weights) != (features.name, features.fingerprint):
+            raise ValueError(
+                f"the reference holds {identity.features} features (weights {identity.weights or 'none'}), and "
+                f"generated images would be given {features.name} features (weights {features.fingerprint or 'none'})"
+            )
+        if reference.image_shape[-2:] != references[0].image_shape[-2:]:
+            raise ValueError(f"references of different image sizes: {[r.image_shape for r in references]}")
+    splits = [reference.identity.split for reference in references[1:]]
+    if len(set(splits)) < len(splits):
+        raise ValueError(f"two references of the same split among {splits}: their scores would share a name")

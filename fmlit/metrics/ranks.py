@@ -1,0 +1,96 @@
+"""What metrics exchange between processes: sums and rows, right for unequal counts and for ranks that hold nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a computation. All of them must call each method, in the same order.
+
+    ``Ranks()`` is one process on its own, and exchanges nothing: also for work that one rank of a group does alone.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None  # a torch process group; None is the default one
+
+    @staticmethod
+    def current(group: Any = None) -> "Ranks":
+        """All processes of the (default) process group, or this one where torch.distributed is not initialised."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return Ranks()
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+
+    def _device(self) -> torch.device:
+        """Where the group's backend wants its tensors."""
+        on_cpu = "gloo" in dist.get_backend(self.group)
+        return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks of tensors of one shape and type, on the device of this rank's own."""
+        if self.size == 1:
+            return tensor
+        total = tensor.to(self._device(), copy=True)
+        dist.all_reduce(total, group=self.group)
+        return total.to(tensor.device)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, in rank order: for small things."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows (n_r, *shape) of all ranks below each other, in rank order. n_r may differ and may be 0."""
+        if self.size == 1:
+            return rows
+        shapes = self.gather_objects(tuple(rows.shape))
+        longest = max(shapes, key=lambda shape: shape[0])
+        padded = torch.zeros(longest, dtype=rows.dtype, device=self._device())  # collectives want one shape
+        if len(rows):
+            padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in shapes]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)]).to(rows.device)
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """An exception on one rank inside the block ends it on all, instead of leaving the others in a collective.
+
+        Raises:
+            ValueError, RuntimeError: on the ranks that did not fail, naming the ones that did and why; a ValueError
+                where the reason is one, or a file.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        reported = self.gather_objects(failure and (f"{failure}", isinstance(failure, (ValueError, OSError))))
+        if failure is not None:
+            raise failure
+        for rank, report in enumerate(reported):
+            if report is not None:
+                message, users_fault = report
+                raise (ValueError if users_fault else RuntimeError)(f"rank {rank}: {message}")
+
+    def from_first(self, produce: Callable[[], T]) -> T:
+        """What ``produce()`` returns on rank 0, on every rank."""
+        value: list[Any] = [None]
+        with self.failing_together():
+            if self.rank == 0:
+                value[0] = produce()
+        if self.size > 1:
+            dist.broadcast_object_list(value, src=dist.get_global_rank(self.group, 0) if self.group else 0)
+        return value[0]

@@ -1,0 +1,167 @@
+"""The LightningModules: a ``GenerativeModel``, its optimiser, and one training step. The formulas are in floor 1."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from fmlit import randomness
+from fmlit.couplings import Coupling, IndependentCoupling
+from fmlit.data.base import DataModule
+from fmlit.descriptions import describe
+from fmlit.generative import GenerativeModel
+from fmlit.objectives import flow_matching_loss, score_matching_loss
+from fmlit.paths import CondOTPath, GaussianPath, VPPath
+from fmlit.predictions import Noise, Prediction, Velocity
+from fmlit.times import TimeLaw, UniformTime, training_limits
+
+NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
+
+
+class GenerativeModule(pl.LightningModule):
+    """Trains a ``GenerativeModel``; subclasses choose the objective.
+
+    Every draw of a step (times, noise, dropped labels) is made for the global batch from generators keyed by
+    ``(seed, images_seen, stream)``, and each rank takes its slice: nothing is saved, and no two ranks share noise.
+
+    Args:
+        net: builds the network from ``(shape, num_classes)``: a class with its other arguments.
+        shape: shape of one data point; the command line takes it from the data.
+        num_classes: classes of the data, or None; the command line takes it from the data.
+        conditional: train a class-conditional model.
+        path: the Gaussian path from noise to data.
+        prediction: what the network predicts.
+        time_law: the law of training times.
+        coupling: how data and noise are paired within a batch.
+        label_drop: probability with which a sample's label is replaced by the null label.
+        images: run length in training images; the decay ends there.
+        learning_rate: AdamW's, after warm-up.
+        warmup_images: images over which the learning rate rises linearly from 0.
+        decay: the learning rate after warm-up: "constant", "linear" or "cosine" to 0 at ``images``.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        seed: of all training draws; the command line takes it from ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        net: NetworkFactory,
+        shape: Sequence[int],
+        num_classes: int | None = None,
+        conditional: bool = False,
+        path: GaussianPath = CondOTPath(),
+        prediction: Prediction = Velocity(),
+        time_law: TimeLaw = UniformTime(),
+        coupling: Coupling = IndependentCoupling(),
+        label_drop: float = 0.1,
+        images: int = 1_000_000,
+        learning_rate: float = 2e-4,
+        warmup_images: int = 0,
+        decay: Literal["constant", "linear", "cosine"] = "constant",
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if conditional and num_classes is None:
+            raise ValueError("conditional: true needs data with classes, and this data has none")
+        if not 0 <= label_drop <= 1:
+            raise ValueError(f"label_drop must be a probability in [0, 1], got {label_drop}")
+        if images < 1 or warmup_images < 0:
+            raise ValueError(f"images must be positive and warmup_images not negative, got {images}, {warmup_images}")
+        if not learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+        classes = num_classes if conditional else None
+        self.model = GenerativeModel(net(tuple(shape), classes), path, prediction, shape, classes)
+        self.time_law, self.coupling, self.label_drop = time_law, coupling, label_drop
+        self.images, self.warmup_images, self.decay = images, warmup_images, decay
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+        self.seed = seed
+        self.images_seen = 0
+
+    def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The loss of each sample, (B,)."""
+        raise NotImplementedError
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        z, labels = batch["data"], batch["labels"] if self.model.num_classes is not None else None
+        eps, t, labels = self._draw(len(z), labels)
+        eps = self.coupling(z, eps, labels)
+        torch.manual_seed(randomness.key(self.seed, self.images_seen, "dropout", self.global_rank))
+        losses = self.loss(z, eps, t, labels)
+        self.images_seen += len(z) * self.trainer.world_size
+        return {"loss": losses.mean(), "losses": losses.detach(), "times": t}
+
+    def _draw(self, size: int, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's slice of the global batch's noise, times, and labels after dropping."""
+        total = size * self.trainer.world_size
+        mine = slice(self.global_rank * size, (self.global_rank + 1) * size)
+
+        def generator(stream: str) -> torch.Generator:
+            return randomness.training_generator(self.seed, self.images_seen, stream, self.device)
+
+        eps = torch.randn(total, *self.model.shape, generator=generator("noise"), device=self.device)[mine]
+        limits = training_limits(self.model.path, self.model.prediction)
+        t = self.time_law.sample(total, generator("time"), limits)[mine]
+        if labels is not None and self.label_drop > 0:
+            dropped = torch.rand(total, generator=generator("labels"), device=self.device)[mine] < self.label_drop
+            labels = torch.where(dropped, self.model.num_classes, labels)
+        return eps, t, labels
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(
+            self.model.net.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+        )
+        # Keyed by images, not by steps: the recipe stays the same when the batch size changes.
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.learning_rate_factor(self.images_seen))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def learning_rate_factor(self, images_seen: int) -> float:
+        """The share of ``learning_rate`` that is used after ``images_seen`` images."""
+        if images_seen < self.warmup_images:
+            return images_seen / self.warmup_images
+        if self.decay == "constant":
+            return 1.0
+        done = min(1.0, (images_seen - self.warmup_images) / max(1, self.images - self.warmup_images))
+        return 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["images_seen"] = self.images_seen
+        checkpoint["model_description"] = describe(self.model)
+        if isinstance(self.trainer.datamodule, DataModule):  # type: ignore[attr-defined]
+            checkpoint["data_description"] = describe(self.trainer.datamodule)  # type: ignore[attr-defined]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            # Not the callback's own hook: Lightning leaves that out of checkpoints with save_weights_only.
+            if hasattr(callback, "averaged_weights"):
+                checkpoint["ema"] = callback.averaged_weights()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.images_seen = checkpoint["images_seen"]
+
+
+class FlowMatchingModule(GenerativeModule):
+    """Conditional flow matching: regression on the conditional velocity, whatever the network predicts."""
+
+    def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        model = self.model
+        weight = model.prediction.loss_weight(model.path, t)
+        return flow_matching_loss(lambda x, t: model.velocity(x, t, labels), model.path, z, eps, t, weight)
+
+
+class ScoreMatchingModule(GenerativeModule):
+    """Denoising score matching: regression on the conditional score, weighted by beta^2.
+
+    With ``prediction=Noise()``, the default, this is DDPM's noise regression; with ``Score()`` a score network.
+    """
+
+    def __init__(
+        self, *args: Any, path: GaussianPath = VPPath(), prediction: Prediction = Noise(), **kwargs: Any
+    ) -> None:
+        super().__init__(*args, path=path, prediction=prediction, **kwargs)
+
+    def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        model = self.model
+        return score_matching_loss(lambda x, t: model.score(x, t, labels), model.path, z, eps, t)

@@ -1,0 +1,224 @@
+"""Samplers: a ``GenerativeModel`` and seeds in, images or whole trajectories out.
+
+Image i owns its noise (see ``randomness.py``) and batches are fixed, so that with a fixed-step method image i is
+bit-identical for any number of processes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fmlit import guidance, solvers
+from fmlit.dynamics import BetaDiffusion, Diffusion, Field
+from fmlit.generative import GenerativeModel
+from fmlit.predictions import Velocity
+from fmlit.randomness import image_noise, image_seeds
+from fmlit.tensors import expand_time
+from fmlit.times import EDMGrid, Grid, Limits, UniformGrid, sampling_limits, sigma_limits
+
+ODEMethod = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm"]
+SDEMethod = Literal["euler_maruyama", "stochastic_heun"]
+EXPONENTIAL = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm")
+
+
+class Sampler(ABC):
+    """From noise to data along a model's field.
+
+    A subclass walks the grid; what is common is here: the initial noise, scaled by ``beta(t0)`` where the grid starts
+    at t0 > 0, and the closing denoising step ``x <- E[z | x]`` where the grid ends before t = 1.
+    """
+
+    method: str
+    steps: int
+    grid: Grid
+    guidance: float
+
+    @property
+    def name(self) -> str:
+        """Method and steps, with the guidance scale where there is one: ``heun18``, ``unipc10+cfg1.5``."""
+        scale = "" if self.guidance == 1 else f"+cfg{self.guidance:g}"
+        return f"{self.method.replace('_', '')}{self.steps}{scale}"
+
+    @abstractmethod
+    def limits(self, model: GenerativeModel) -> Limits:
+        """The part of the clock on which the method's field is regular."""
+
+    @abstractmethod
+    def walk(
+        self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
+    ) -> Tensor:
+        """From x0 at times[0] to times[-1]: the end point (B, *shape), or all states (len(times), B, *shape)."""
+
+    @torch.no_grad()
+    def sample(
+        self, model: GenerativeModel, seeds: Tensor, labels: Tensor | None = None, trajectory: bool = False
+    ) -> Tensor:
+        """Draw one sample per seed.
+
+        Args:
+            model: what to sample from; its parts are left in the mode, training or evaluation, in which they were.
+            seeds: (B,) int64, one per image: it alone decides the image's noise. See ``randomness.image_seeds``.
+            labels: (B,) int64 class ids, or None for unconditional samples.
+            trajectory: return every state instead of the last.
+
+        Returns:
+            (B, *shape) float32 on the model's device, or (points, B, *shape) with ``trajectory``.
+        """
+        velocity = guided_velocity(model, _checked_labels(model, seeds, labels), self.guidance)
+        times = self.grid.times(model.path, self.steps, self.limits(model))
+        with evaluation_mode(model):
+            noise = image_noise(seeds, model.shape).to(model.device)
+            start = times[0].to(noise).expand(len(seeds))
+            states = self.walk(
+                model, velocity, expand_time(model.path.beta(start), noise) * noise, times, seeds, trajectory
+            )
+            if times[-1] < 1:
+                last = states[-1] if trajectory else states
+                end = times[-1].to(noise).expand(len(seeds))
+                data = Velocity().data(model.path, velocity(last, end), last, end)
+                states = torch.cat([states, data[None]]) if trajectory else data
+        return states
+
+
+class ODESampler(Sampler):
+    """Follows the probability-flow ODE ``dx = u_t(x) dt``.
+
+    Args:
+        method: the solver, by its name in ``fmlit.solvers``.
+        steps: number of steps; for ``dopri5`` the number of output points only, as its own steps adapt.
+        grid: where the steps lie.
+        guidance: classifier-free guidance scale; 1 is none.
+    """
+
+    def __init__(
+        self, method: ODEMethod = "heun", steps: int = 18, grid: Grid = EDMGrid(), guidance: float = 1.0
+    ) -> None:
+        if method not in get_args(ODEMethod):
+            raise ValueError(f"unknown method {method!r}: choose from {', '.join(get_args(ODEMethod))}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.method, self.steps, self.grid, self.guidance = method, steps, grid, guidance
+
+    def limits(self, model: GenerativeModel) -> Limits:
+        # Exponential solvers divide by alpha and by the noise level, so they need the regular part of the clock.
+        return sigma_limits(model.path) if self.method in EXPONENTIAL else sampling_limits(model.path, model.prediction)
+
+    def walk(
+        self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
+    ) -> Tensor:
+        solver = getattr(solvers, self.method)
+        if self.method in EXPONENTIAL:
+            return solver(velocity, x0, times, model.path, trajectory=trajectory)
+        return solver(velocity, x0, times, trajectory=trajectory)
+
+
+class SDESampler(Sampler):
+    """Follows ``dX = [u_t(X) + sigma_t^2 / 2 s_t(X)] dt + sigma_t dW``, which has the ODE's marginals for any sigma_t.
+
+    Args:
+        sigma: the diffusion coefficient sigma_t.
+        method: the solver, by its name in ``fmlit.solvers``.
+        steps: number of steps.
+        grid: where the steps lie.
+        guidance: classifier-free guidance scale; 1 is none.
+    """
+
+    def __init__(
+        self,
+        sigma: Diffusion = BetaDiffusion(),
+        method: SDEMethod = "euler_maruyama",
+        steps: int = 250,
+        grid: Grid = UniformGrid(),
+        guidance: float = 1.0,
+    ) -> None:
+        if method not in get_args(SDEMethod):
+            raise ValueError(f"unknown method {method!r}: choose from {', '.join(get_args(SDEMethod))}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        self.sigma, self.method, self.steps, self.grid, self.guidance = sigma, method, steps, grid, guidance
+
+    def limits(self, model: GenerativeModel) -> Limits:
+        return sampling_limits(model.path, model.prediction, stochastic=True)
+
+    def walk(
+        self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
+    ) -> Tensor:
+        sigma = self.sigma.along(model.path)
+
+        def drift(x: Tensor, t: Tensor) -> Tensor:  # dynamics.sde_drift at the cost of one network evaluation
+            u = velocity(x, t)
+            return u + sigma(x, t).square() / 2 * Velocity().score(model.path, u, x, t)
+
+        def noise(step: int, like: Tensor) -> Tensor:
+            return image_noise(seeds, model.shape, "sde", step).to(like)
+
+        return getattr(solvers, self.method)(drift, sigma, x0, times, noise=noise, trajectory=trajectory)
+
+
+def guided_velocity(model: GenerativeModel, labels: Tensor | None, scale: float) -> Field:
+    """The model's velocity for these labels, under classifier-free guidance where ``scale`` is not 1."""
+    if labels is None:
+        if scale != 1:
+            raise ValueError(f"guidance {scale} needs a class-conditional model and labels")
+        return model.velocity
+    return guidance.labelled_classifier_free(model.velocity, labels, model.null_label, scale)
+
+
+@contextmanager
+def evaluation_mode(model: GenerativeModel) -> Iterator[None]:
+    """Evaluation mode for every part of the network; each is put back as it was (a frozen part may differ)."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def balanced_labels(model: GenerativeModel, indices: Sequence[int] | Tensor) -> Tensor | None:
+    """Labels of samples ``indices`` of a class-balanced collection: ``i mod num_classes``; None without classes."""
+    return None if model.num_classes is None else torch.as_tensor(indices, dtype=torch.int64) % model.num_classes
+
+
+def generate(
+    model: GenerativeModel,
+    sampler: Sampler,
+    n: int,
+    seed: int = 0,
+    batch_size: int = 256,
+    labels: Tensor | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[range, Tensor]]:
+    """This rank's share of exactly ``n`` samples, as (indices, samples (b, *shape)).
+
+    Batch j always holds samples jB ... jB + B - 1, the last one padded, and batches are dealt to ranks in turn: sample
+    i does not depend on the world size. ``labels`` (n,) defaults to classes in turn.
+    """
+    if n < 1 or batch_size < 1:
+        raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
+    if labels is not None and len(labels) != n:
+        raise ValueError(f"labels must have one entry for each of the {n} samples, got {len(labels)}")
+    for start in range(rank * batch_size, n, world_size * batch_size):
+        indices = torch.arange(start, start + batch_size).clamp(max=n - 1)
+        batch_labels = balanced_labels(model, indices) if labels is None else labels[indices]
+        kept = range(start, min(start + batch_size, n))
+        yield kept, sampler.sample(model, image_seeds(seed, indices), batch_labels)[: len(kept)]
+
+
+def _checked_labels(model: GenerativeModel, seeds: Tensor, labels: Tensor | None) -> Tensor | None:
+    if labels is None:
+        return None
+    if model.num_classes is None:
+        raise ValueError("labels were given to an unconditional model; leave them out")
+    if labels.shape != seeds.shape:
+        raise ValueError(f"labels must have the shape of seeds {tuple(seeds.shape)}, got {tuple(labels.shape)}")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < model.num_classes):
+        wrong = labels[(labels < 0) | (labels >= model.num_classes)][0].item()
+        raise ValueError(f"class id {wrong} is unknown: this model has classes 0 to {model.num_classes - 1}")
+    return labels.to(model.device)
