@@ -35,6 +35,12 @@ def nowhere(monkeypatch, tmp_path):
     return tmp_path
 
 
+def precisions() -> list[str]:
+    at = torch.backends
+    products = (at.cudnn.conv, at.cuda.matmul, at.mkldnn.matmul, at.mkldnn.conv)
+    return [product.fp32_precision for product in products]
+
+
 class Recorder(nn.Module):
     """Notes under which settings it was called."""
 
@@ -45,7 +51,7 @@ class Recorder(nn.Module):
     def forward(self, images):
         self.seen = {
             "autocast": torch.is_autocast_enabled("cpu"),
-            "tf32": (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision),
+            "products": precisions(),
             "gradients": torch.is_grad_enabled(),
             "training": self.training,
             "range": (images.min().item(), images.max().item()),
@@ -64,19 +70,21 @@ def test_pixels_are_themselves():
 def test_features_are_float32_without_autocast_tf32_and_gradients():
     network = Recorder().train()
     features = NetworkFeatures(network, "recorder")
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.set_float32_matmul_precision("medium")
     try:
+        before = precisions()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert network.linear(torch.zeros(1, 192)).dtype == torch.bfloat16  # autocast would have changed them
             values = features(noise(4))
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"  # left as it was
+        assert precisions() == before  # training goes on as it did
     finally:
-        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+    assert before[1:3] == ["tf32", "bf16"]
     assert values.dtype == torch.float32
     assert not values.requires_grad
     assert network.seen == {
         "autocast": False,
-        "tf32": ("ieee", "ieee"),
+        "products": ["ieee"] * 4,
         "gradients": False,
         "training": False,
         "range": (-1.0, 1.0),
@@ -125,8 +133,9 @@ def test_without_network_one_line_says_how_to_bring_the_weights(nowhere, monkeyp
         raise urllib.error.URLError("Temporary failure in name resolution")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    InceptionFeatures()  # never used: never loaded
     with pytest.raises(ValueError, match="cannot be downloaded") as caught:
-        InceptionFeatures()
+        InceptionFeatures().to("cpu")
     message = str(caught.value)
     assert "\n" not in message
     for part in ("name resolution", "weights-inception-2015-12-05-6726825d.pth", "weights/inception.pth", "$FMLIT_INC"):
@@ -154,16 +163,16 @@ def test_files_that_are_something_else_are_refused_by_name(nowhere, monkeypatch)
     path.parent.mkdir()
     path.write_text("<html>404</html>")
     with pytest.raises(ValueError, match=r"weights/inception\.pth is not a weights file"):
-        InceptionFeatures()
+        InceptionFeatures().to("cpu")
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="is not a state dict of the FID Inception network, but list"):
-        InceptionFeatures(str(path))
+        InceptionFeatures(str(path)).fingerprint  # noqa: B018
     torch.save(OrderedDict(weight=torch.zeros(3)), path)
     with pytest.raises(ValueError, match=r"inception\.pth does not hold the weights of the FID Inception network"):
-        InceptionFeatures(str(path))
+        InceptionFeatures(str(path)).fingerprint  # noqa: B018
     torch.save({"weight": Payload()}, path)
     with pytest.raises(ValueError, match=r"inception\.pth is not a weights file"):
-        InceptionFeatures(str(path))
+        InceptionFeatures(str(path)).fingerprint  # noqa: B018
     assert not (nowhere / "executed").exists()
 
 
@@ -174,13 +183,13 @@ def test_an_inception_network_of_other_weights_is_refused(nowhere, monkeypatch):
     path = nowhere / "other.pth"
     torch.save(network.state_dict(), path)
     with pytest.raises(ValueError, match=r"other\.pth holds an Inception network, but not the one of 2015"):
-        InceptionFeatures(str(path))
+        InceptionFeatures(str(path)).fingerprint  # noqa: B018
 
 
 @needs_weights
 def test_inception_leaves_the_global_generator_alone_and_repeats_grey():
     state = torch.get_rng_state()
-    features = InceptionFeatures()
+    features = InceptionFeatures().to("cpu")
     assert torch.equal(torch.get_rng_state(), state)
     assert (features.name, features.preprocessing, features.dimension) == ("inception", "tf1resize", 2048)
     grey = noise(2, channels=1, size=32)

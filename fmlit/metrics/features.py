@@ -9,23 +9,23 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.backends import cudnn
 
 from fmlit.tensors import from_uint8
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """No TensorFloat-32: training may allow it for speed, and a feature of 10 mantissa bits is another number."""
-    backends: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
+    """No TensorFloat-32 or bfloat16 inside products: training may allow them for speed, and change features by it."""
+    at: Any = torch.backends  # whose attributes type checkers do not see
+    products = (at.cudnn.conv, at.cudnn.rnn, at.cuda.matmul, at.mkldnn.conv, at.mkldnn.matmul)
+    before = [product.fp32_precision for product in products]
+    for product in products:
+        product.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        for product, precision in zip(products, before, strict=True):
+            product.fp32_precision = precision
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
@@ -44,15 +44,18 @@ class Features(ABC):
         name: in metric names, protocols and file names: lower-case letters, digits and underscores.
         dimension: d; None until it is known from the first images.
         preprocessing: of the image inside the features, as a protocol states it.
-        fingerprint: of the weights; cached statistics of other weights are not taken.
         device: where the features are computed, and returned.
     """
 
     name: str
     dimension: int | None = None
     preprocessing: str = ""
-    fingerprint: str = ""
     device: torch.device = torch.device("cpu")
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights, if there are any: cached statistics of other weights are not taken."""
+        return ""
 
     @abstractmethod
     def extract(self, images: Tensor) -> Tensor:
@@ -106,7 +109,11 @@ class NetworkFeatures(Features):
             )
         self.module = module.eval()
         self.name = name
-        self.fingerprint = weights_digest(module.state_dict())
+        self._fingerprint = weights_digest(module.state_dict())
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     def to(self, device: torch.device | str) -> Self:
         self.module.to(device)

@@ -1,5 +1,6 @@
 """The Inception network of 2015 behind every published FID, with the resize of TensorFlow 1."""
 
+import functools
 import io
 import os
 from pathlib import Path
@@ -12,14 +13,15 @@ from fmlit.metrics.features import Features, weights_digest
 
 VARIABLE = "FMLIT_INCEPTION"
 DEFAULT = Path("weights/inception.pth")
-# The first features of the image in _probe: a network of the same shape with other weights is not the one of 2015.
+# The first features of the image in `_probe`: a network of the same shape with other weights is not the one of 2015.
 PROBE = (0.2887, 0.5375, 0.1259, 0.1339, 0.0876, 0.2861, 0.1795, 0.0525)
 
 
 class InceptionFeatures(Features):
     """The 2048 pooled features of FID (Heusel et al. 2017), by torch-fidelity's port of the original network.
 
-    Grey images are repeated to RGB. Logits are not used, and the weights file need not have them.
+    Grey images are repeated to RGB. Logits are not used, and the weights file need not have them. Weights are read, and
+    fetched if need be, at the first use or ``to``: a recipe whose metrics are switched off needs none.
 
     Args:
         weights: a file of torch-fidelity's (or pytorch-fid's) ``weights-inception-2015-12-05``; by default the one that
@@ -27,7 +29,7 @@ class InceptionFeatures(Features):
             torch-fidelity's own download, once.
 
     Raises:
-        ValueError: no weights and no network, or a file that holds something else.
+        ValueError: the file is missing; at the first use: it holds something else, or cannot be downloaded.
     """
 
     name = "inception"
@@ -36,22 +38,34 @@ class InceptionFeatures(Features):
 
     def __init__(self, weights: str | None = None) -> None:
         self.weights = weights
-        path = weights or os.environ.get(VARIABLE) or (str(DEFAULT) if DEFAULT.is_file() else None)
-        state, origin = (_read(path), path) if path else _download()
-        self.network = _build(state, origin)
-        used = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
-        self.fingerprint = weights_digest(used)
-        if not torch.allclose(self.extract(_probe())[0, : len(PROBE)], torch.tensor(PROBE), atol=0.01):
+        self._path = weights or os.environ.get(VARIABLE) or (str(DEFAULT) if DEFAULT.is_file() else None)
+        if self._path and not Path(self._path).is_file():
+            raise ValueError(
+                f"there is no Inception weights file {self._path} (InceptionFeatures.weights, or ${VARIABLE})"
+            )
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[nn.Module, str]:
+        """The network and the digest of those of its weights that are used."""
+        state, origin = (_read(self._path), self._path) if self._path else _download()
+        network = _build(state, origin)
+        if not torch.allclose(network(_probe())[0][0, : len(PROBE)], torch.tensor(PROBE), atol=0.01):
             raise ValueError(f"{origin} holds an Inception network, but not the one of 2015 that FID is defined by")
+        used = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
+        return network, weights_digest(used)
+
+    @property
+    def fingerprint(self) -> str:
+        return self._loaded[1]
 
     def to(self, device: torch.device | str) -> Self:
-        self.network.to(device)
+        self._loaded[0].to(device)
         return super().to(device)
 
     def extract(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
             raise ValueError(f"Inception takes grey or RGB images, got {images.shape[1]} channels")
-        return self.network(images.expand(-1, 3, -1, -1))[0]
+        return self._loaded[0](images.expand(-1, 3, -1, -1))[0]
 
 
 def _probe() -> Tensor:
@@ -59,8 +73,6 @@ def _probe() -> Tensor:
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise ValueError(f"there is no Inception weights file {path} (InceptionFeatures.weights, or ${VARIABLE})")
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file that is something else makes of the unpickler

@@ -77,13 +77,13 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        reported = self.gather_objects(failure and (f"{failure}", isinstance(failure, (ValueError, OSError))))
+        users_fault = isinstance(failure, (ValueError, OSError))
+        reports = self.gather_objects(None if failure is None else (str(failure), users_fault))
         if failure is not None:
             raise failure
-        for rank, report in enumerate(reported):
+        for rank, report in enumerate(reports):
             if report is not None:
-                message, users_fault = report
-                raise (ValueError if users_fault else RuntimeError)(f"rank {rank}: {message}")
+                raise (ValueError if report[1] else RuntimeError)(f"rank {rank}: {report[0]}")
 
     def from_first(self, produce: Callable[[], T]) -> T:
         """What ``produce()`` returns on rank 0, on every rank."""
