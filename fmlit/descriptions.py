@@ -16,12 +16,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fmlit.data.base import DataModule
 from fmlit.paths import GaussianPath
 from fmlit.predictions import Prediction
 
 Description = dict[str, Any]
 
-BASES = (GaussianPath, Prediction, nn.Module)  # what a model is made of
+BASES = (GaussianPath, Prediction, nn.Module, DataModule)  # what a model is made of, and what it was trained on
 UNET2D = "diffusers.UNet2DModel"
 
 
@@ -34,7 +35,7 @@ def describe(obj: Any) -> Description:
     obj = getattr(obj, "_orig_mod", obj)  # the module inside a torch.compile wrapper
     cls = type(obj)
     if not isinstance(obj, BASES):
-        raise ValueError(f"only networks, paths and predictions can be described, got a {cls.__qualname__}")
+        raise ValueError(f"only networks, paths, predictions and data can be described, got a {cls.__qualname__}")
     if "." in cls.__qualname__:
         raise ValueError(f"{cls.__qualname__} could not be found again: define it at the top level of a module")
     parameters = inspect.signature(cls).parameters
@@ -73,8 +74,8 @@ def _plain(value: Any, where: str) -> Any:
 def build(description: Description, trust: Sequence[str] = ()) -> Any:
     """The object that ``describe`` described, newly constructed.
 
-    Only networks, paths and predictions are built, of the package fmlit, of the packages in ``trust``, and
-    ``diffusers.UNet2DModel``. All names are checked before the first import, all classes before the first is built.
+    Only networks, paths, predictions and data modules are built: of the package fmlit, of the packages in ``trust``,
+    and ``diffusers.UNet2DModel``. All names are checked before the first import, all classes before the first is built.
 
     Raises:
         ValueError: a class outside of these, an unknown or unfit argument, or something that is no description.
@@ -84,7 +85,7 @@ def build(description: Description, trust: Sequence[str] = ()) -> Any:
     packages = ("fmlit", *trust)
     class_paths = [nested["class_path"] for nested in _nested(description)]
     for class_path in class_paths:
-        named = class_path == UNET2D or _is_within(class_path, packages)
+        named = class_path == UNET2D or _is_within(class_path.rpartition(".")[0], packages)
         if not (named and all(part.isidentifier() for part in class_path.split("."))):
             raise _refusal(class_path)
     classes = {class_path: _import(class_path, packages) for class_path in class_paths}
@@ -115,12 +116,10 @@ def _import(class_path: str, packages: Sequence[str]) -> type:
     module_name, _, name = class_path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), name, None)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if _is_within(module_name, ("fmlit",)):
             raise _refusal(class_path) from error
-        raise ValueError(
-            f"{class_path!r} cannot be imported: {error}; install its package, or set PYTHONPATH"
-        ) from error
+        raise ValueError(f"{class_path} cannot be imported: {error}; install its package or set PYTHONPATH") from error
     # The class's own module counts, not where it was found: fmlit.checkpoints.os is the same as os.
     home = ("diffusers",) if class_path == UNET2D else packages
     if not (isinstance(cls, type) and issubclass(cls, BASES) and _is_within(cls.__module__, home)):
@@ -136,11 +135,12 @@ def _construct(value: Any, classes: dict[str, type]) -> Any:
         return value
     if "class_path" not in value:
         return {key: _construct(item, classes) for key, item in value.items()}
-    arguments = _construct(value.get("init_args", {}), classes)
+    arguments = {name: _construct(item, classes) for name, item in value.get("init_args", {}).items()}
     try:
         return classes[value["class_path"]](**arguments)
     except Exception as error:  # whatever a constructor says to the arguments that a file made up
-        raise ValueError(f"{value['class_path']} cannot be built from its description: {error}") from error
+        message = " ".join(str(error).split())
+        raise ValueError(f"{value['class_path']} cannot be built from its description: {message}") from error
 
 
 def _is_within(dotted: str, packages: Sequence[str]) -> bool:

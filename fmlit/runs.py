@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
 
-from fmlit.checkpoints import replacing
-
 _calls = itertools.count()
 _hosted: list[TCPStore] = []  # rank 0's stores: the process group goes on with the server, so it must stay alive
 
@@ -75,8 +73,12 @@ def claim(root: str | Path, name: str) -> Path:
             folder = root / (name if number == 1 else f"{name}-{number:03d}")
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()  # the one atomic step that decides between two jobs
-                _write(folder, {"name": name})
                 break
+        try:
+            _write(folder, {"name": name})
+        except OSError:
+            folder.rmdir()
+            raise
     except OSError as error:
         raise OSError(f"cannot create a run folder in {root}: {error.strerror or error}; choose another") from error
     return folder
@@ -124,6 +126,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, known: dict[str, Any]) -> None:
+    from fmlit.checkpoints import replacing  # imports Lightning, for which all but rank 0 need not wait here
+
     with replacing(folder / "run.json") as file:
         file.write(json.dumps(known, indent=1).encode())
 

@@ -132,7 +132,7 @@ def test_loading_takes_nothing_from_the_global_random_numbers():
 
 @pytest.mark.parametrize(
     ("batch_size", "world_size", "accumulated", "choices"),
-    [(10, 4, 1, "choose 8 or 12"), (9, 2, 2, "choose 8 or 12"), (3, 4, 2, "choose 8")],
+    [(10, 4, 1, "choose 8 or 12"), (10, 2, 2, "choose 8 or 12"), (3, 4, 2, "choose 8")],
 )
 def test_a_batch_that_does_not_divide_names_its_neighbours(batch_size, world_size, accumulated, choices):
     data = as_rank(Numbered(batch_size), 0, world_size, accumulated)
