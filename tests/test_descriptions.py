@@ -126,7 +126,7 @@ def test_compiled_network_is_described_as_itself():
         (Keeper(options={"class_path": "x"}), ["Keeper.options", "dict"]),
         (Keeper(inner=[Forgetful(1)]), ["Forgetful", "'width'"]),
         (nn.Linear(2, 3), ["Linear"]),
-        ({"not": "a model"}, ["networks, paths and predictions", "dict"]),
+        ({"not": "a model"}, ["networks, paths, predictions", "dict"]),
     ],
 )
 def test_what_cannot_be_described_is_named(obj, words):

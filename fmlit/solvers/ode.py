@@ -84,7 +84,7 @@ def dopri5(
     _raise_unless_finite([torch.isfinite(x0).all()], clock)
 
     def checked_field(t: Tensor, x: Tensor) -> Tensor:
-        time = min(float(t), end)  # the guess of a first step may probe the field beyond the end
+        time = min(t.detach().item(), end)  # the guess of a first step may probe the field beyond the end
         value = evaluate(field, x, time)
         if not torch.isfinite(value).all():  # no extra stall: step control reads the error estimate anyway
             raise ValueError(f"dopri5: the field has NaN or infinite values at t = {time:g}")

@@ -2,8 +2,8 @@
 
 The contract of ``ode.py`` holds. Besides:
 
-* ``diffusion(x, t)`` returns a scalar tensor, or a tensor with as many dimensions as x that broadcasts to it (a (B,)
-  tensor is refused: it would be spread along the last axis whenever B equals the width).
+* ``diffusion(x, t)`` returns a number, or a tensor with as many dimensions as x that broadcasts to it (a (B,) tensor is
+  refused: it would be spread along the last axis whenever B equals the width).
 * Step i takes its standard normal from ``noise(i, like)``, in the shape of ``like``, so that step sizes can share a
   Brownian path, and images can own their noise. Without it, torch draws, from ``generator`` if given.
 """
@@ -139,11 +139,11 @@ def _noise_source(noise: NoiseSource | None, generator: torch.Generator | None) 
 
 def _coefficient(diffusion: Field, x: Tensor, time: float) -> Tensor:
     """``diffusion(x, t)`` with ``time`` expanded to (B,) and its shape checked."""
-    g = diffusion(x, batch_time(time, x))
+    g = torch.as_tensor(diffusion(x, batch_time(time, x)), dtype=x.dtype)
     fits = g.ndim == x.ndim and all(a in (1, b) for a, b in zip(g.shape, x.shape, strict=True))
     if g.ndim and not fits:
         raise ValueError(
-            f"diffusion must be a scalar or broadcast to x of shape {tuple(x.shape)} with as many dimensions, got "
+            f"diffusion must be a number or broadcast to x of shape {tuple(x.shape)} with as many dimensions, got "
             f"{tuple(g.shape)}: expand a (B,) coefficient with fmlit.tensors.expand_time(sigma, x)"
         )
     return g
