@@ -1,10 +1,10 @@
 """The command line of training: a LightningCLI with a run folder, links from data to model, and one-line errors."""
 
-import itertools
 import json
 import logging
 import math
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -12,55 +12,92 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fmlit import errors, runs
+import fmlit
+from fmlit import errors, networks, runs  # noqa: F401  # networks, so that --model.net UNet needs no longer path
 from fmlit.callbacks import EMA, Checkpoint, ProgressBar, QualityCurve, SampleGrid, TrainingLog
-from fmlit.checkpoints import AtomicCheckpointIO, newest_valid
+from fmlit.checkpoints import AtomicCheckpointIO
 from fmlit.data.base import DataModule
 from fmlit.loggers import MetricsFile
 from fmlit.modules import GenerativeModule
+from fmlit.parsing import Parser, check_arguments, check_network, config_files
+from fmlit.resume import Start, find_start
 
 HELP = """Train an image generator by flow matching or score matching.
 
-Options are typed constructor arguments, from YAML files (--config, later ones win) or from the command line
-(--model.net.channels 64). The arguments of a chosen class are listed by
-  --model.help FlowMatchingModule   --model.net.help fmlit.networks.UNet   --data.help CIFAR10   --trainer.help
+  train.py                                                 the quickstart: handwritten digits in two minutes
+  train.py --config configs/cifar10_flow.yaml              a recipe; configs/ has more
+  train.py --config FILE --model.net.channels 64           with any key changed
+  train.py --config FILE --print_config                    every key and its value, without training
+  train.py --config FILE --resume                          go on with the newest run of that name
+
+The arguments of the model, of its parts and of the data depend on their class, and are listed by
+  train.py --model.help FlowMatchingModule                 ScoreMatchingModule
+  train.py --model.net.help fmlit.networks.UNet            fmlit.networks.MLP
+  train.py --model.path.help CondOTPath                    CosinePath, PolynomialPath, VPPath
+  train.py --data.help CIFAR10                             Digits, MNIST, ImageFolder, ...
+  train.py --samples.sampler.help ODESampler               SDESampler
+  train.py --trainer.logger.help fmlit.loggers.WandbLogger
 """
 
+# Trainer options that would be accepted and then ignored: the stream of batches is endless and its length is in images,
+# there is no validation loop, and run folder, checkpoints and their hash are ours.
+OURS = {
+    *("default_root_dir", "enable_checkpointing", "enable_model_summary", "enable_autolog_hparams", "model_registry"),
+    *("use_distributed_sampler", "reload_dataloaders_every_n_epochs", "inference_mode", "barebones", "fast_dev_run"),
+    *("max_epochs", "min_epochs", "min_steps", "limit_train_batches", "overfit_batches"),
+    *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"),
+    *("val_check_interval", "check_val_every_n_epoch"),
+}
 
-class Parser(LightningArgumentParser):
-    """Errors in one line, with the nearest known option."""
+PARTS = {"ema": EMA, "samples": SampleGrid, "quality": QualityCurve, "checkpoint": Checkpoint}
 
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        errors.exit_with(message, [action.dest for action in self._actions])
+
+class RunConfig(SaveConfigCallback):
+    """Writes config.yaml into the run folder, and hands the configuration to every logger.
+
+    Not before a checkpoint is restored, as Lightning does: a resume that fails leaves the run's own file alone.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        config = yaml.safe_load(self.parser.dump(self.config))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
 
 
 class TrainingCLI(LightningCLI):
     """Parses, builds model and data, claims the run folder, builds the trainer. ``fit`` trains."""
 
     run_folder: Path
-    resume_from: str | None = None
+    start = Start()
+    _fresh = True
 
     def __init__(self, args: Sequence[str]) -> None:
-        configs = [b for a, b in itertools.pairwise(args) if a in ("-c", "--config")]
-        configs += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
-        self._stem = Path(configs[0]).stem if configs else "run"
+        check_arguments(args)
+        self._stem = next((path.stem for path in config_files(args)), "run")
         super().__init__(
             GenerativeModule,
             DataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=Parser,
-            parser_kwargs={"description": HELP},
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},  # a resumed run writes it again
-            trainer_defaults={
-                "max_epochs": -1,  # the run length is in images
-                "use_distributed_sampler": False,  # the data modules deal images to ranks themselves
-                "enable_model_summary": False,
-                "log_every_n_steps": 50,
+            parser_kwargs={
+                "description": HELP,
+                "usage": "train.py [--config FILE] [--KEY VALUE ...]",
+                "dump_header": [f"fmlit {fmlit.__version__}, lightning {pl.__version__}, torch {torch.__version__}"],
             },
+            save_config_callback=RunConfig,
+            save_config_kwargs={"overwrite": True},  # a resumed run writes it again
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # checkpoints carry a plain description instead
@@ -68,84 +105,145 @@ class TrainingCLI(LightningCLI):
             args=list(args),
         )
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of everything that is drawn.")
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(
+            pl.Trainer, "trainer", skip=OURS, instantiate=False, fail_untyped=False, sub_configs=True
+        )
+        parser.add_lightning_class_args(GenerativeModule, "model", subclass_mode=True)
+        parser.add_lightning_class_args(DataModule, "data", subclass_mode=True)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, help="Name of the run (default: the name of the YAML file).")
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
         parser.add_argument("--resume", action="store_true", help="Go on with the newest run of this name.")
         parser.add_argument("--images", type=int, default=1_000_000, help="Run length in training images.")
-        parser.add_lightning_class_args(EMA, "ema")
-        parser.add_lightning_class_args(SampleGrid, "samples")
-        parser.add_lightning_class_args(QualityCurve, "quality")
-        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        for key, cls in PARTS.items():
+            parser.add_lightning_class_args(cls, key)
         parser.link_arguments("images", "model.init_args.images")
-        parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("data.shape", "model.init_args.shape", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        settings = self.config_init["trainer"]
-        if settings["max_steps"] == -1:
-            settings["max_steps"] = math.ceil(self.config["images"] / self.datamodule.batch_size)
-        elif settings["max_steps"] < 1:
-            raise ValueError(f"trainer.max_steps must be at least 1, got {settings['max_steps']}")
-        choice = json.loads(runs.agree(self._choose_run_folder))
-        self.run_folder, self.resume_from = Path(choice["folder"]), choice["checkpoint"]
-        loggers = settings["logger"] if isinstance(settings["logger"], list) else [settings["logger"]]
-        loggers = [MetricsFile(self.run_folder), *(logger for logger in loggers if not isinstance(logger, bool | None))]
-        for logger in loggers:
-            if hasattr(logger, "attach"):
-                logger.attach(self.run_folder)
-        settings["logger"] = loggers
-        settings["default_root_dir"] = str(self.run_folder)
-        settings["enable_checkpointing"] = False  # ours is a callback of its own
-        settings["plugins"] = [*(settings["plugins"] or []), AtomicCheckpointIO()]
-        settings["callbacks"] = [*(settings["callbacks"] or []), TrainingLog(), ProgressBar()]
+    def before_instantiate_classes(self) -> None:
+        images, trainer = self.config["images"], self.config["trainer"]
+        if images < 1:
+            raise ValueError(f"images: a run has at least 1 training image, got {images}")
+        if trainer["max_steps"] < 1 and trainer["max_steps"] != -1:
+            raise ValueError(f"trainer.max_steps: at least 1, or -1 for all images, got {trainer['max_steps']}")
+        if trainer["accumulate_grad_batches"] < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches: at least 1, got {trainer['accumulate_grad_batches']}")
+        check_network(self.config)
+
+    def instantiate_classes(self) -> None:
         try:
-            return super().instantiate_trainer(**kwargs)
+            super().instantiate_classes()
+        except errors.USER_ERRORS as error:
+            raise ValueError(errors.blame(error, self.config.as_dict(), PARTS)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        resume, self.config["resume"] = self.config["resume"], False  # config.yaml starts a run of its own
+        self.config["name"] = self.config["name"] or self._stem
+        self.run_folder, resumed = runs.begin(self.config["runs"], self.config["name"], resume)
+        self._fresh = not resumed
+        try:
+            if resumed:
+                start = runs.agree(lambda: json.dumps(find_start(self.run_folder, self.model, resume)))
+                self.start = Start(*json.loads(start))
+            trainer = self._build_trainer(**self._trainer_settings(), **kwargs)
+            self._check_batch_size(trainer)
         except BaseException:
             self.discard()
             raise
+        return trainer
 
-    def _choose_run_folder(self) -> str:
-        """Rank 0's decision, as JSON: a new folder, or the newest of that name with its newest checkpoint."""
-        root, name = Path(self.config["runs"]), self.config["name"] or self._stem
-        if not self.config["resume"]:
-            return json.dumps({"folder": str(runs.claim(root, name)), "checkpoint": None})
-        folder = runs.newest(root, name)
-        return json.dumps({"folder": str(folder), "checkpoint": str(newest_valid(folder / "checkpoints"))})
+    def _build_trainer(self, **settings: Any) -> pl.Trainer:
+        try:
+            return super().instantiate_trainer(**settings)
+        except errors.USER_ERRORS as error:
+            raise ValueError(f"trainer: {error}") from error
+
+    def _trainer_settings(self) -> dict[str, Any]:
+        """What is not left to the user, and the user's lists with ours added."""
+        given = self.config_init["trainer"]
+        max_steps = given["max_steps"]
+        given_loggers = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
+        loggers = [logger for logger in given_loggers if not isinstance(logger, bool | None)]
+        for logger in loggers:
+            if hasattr(logger, "attach"):
+                logger.attach(self.run_folder)
+        callbacks = given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
+        bar = [] if given["enable_progress_bar"] is False else [ProgressBar()]
+        plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
+        return {
+            "default_root_dir": str(self.run_folder),
+            "enable_checkpointing": False,  # ours is a callback of its own
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,  # the data modules deal images to ranks themselves
+            "max_epochs": -1,
+            "max_steps": math.ceil(self.config["images"] / self.datamodule.batch_size)
+            if max_steps == -1
+            else max_steps,
+            "precision": given["precision"] or best_precision(given["accelerator"]),
+            "logger": [MetricsFile(self.run_folder, self.start.step), *loggers],
+            "callbacks": [*filter(None, callbacks), TrainingLog(), *bar],
+            "plugins": [*filter(None, plugins), AtomicCheckpointIO()],
+        }
+
+    def _check_batch_size(self, trainer: pl.Trainer) -> None:
+        """Raise a ValueError now, before other processes are launched, rather than in each of them."""
+        self.datamodule.trainer = trainer
+        try:
+            self.datamodule._share()
+        except ValueError as error:
+            raise ValueError(f"data.{error}") from error
 
     def fit(self) -> None:
         """Train. A run folder in which nothing was learnt is removed again."""
         if self.trainer.is_global_zero:
             print(self._headline(), flush=True)
         try:
-            self.trainer.fit(self.model, self.datamodule, ckpt_path=self.resume_from, weights_only=True)
-        except BaseException:
-            if self.model.images_seen == 0:
-                self.discard()
+            self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            if self.trainer.is_global_zero:
+                print(f"interrupted after {self.model.images_seen:,} images; --resume goes on", file=sys.stderr)
             raise
+        except RuntimeError as error:
+            if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ConnectionError(f"lost another process, which says why or was killed ({reason})") from error
+        finally:
+            if self.trainer.global_step == 0:
+                self.discard()
 
     def discard(self) -> None:
         """Remove the run folder, if this process made it."""
-        if self.resume_from is None and runs.is_main_process():
+        if self._fresh and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             shutil.rmtree(self.run_folder, ignore_errors=True)
 
     def _headline(self) -> str:
         model = self.model.model
-        parameters = sum(p.numel() for p in model.net.parameters()) / 1e6
+        parameters = sum(p.numel() for p in model.net.parameters())
         steps, batch = self.trainer.max_steps, self.datamodule.batch_size
         return (
             f"{self.run_folder}: {type(self.model).__name__}, {type(model.path).__name__}, "
-            f"{type(model.net).__name__} of {parameters:.2f} M parameters on {type(self.datamodule).__name__}; "
+            f"{type(model.net).__name__} of {parameters:,} parameters on {type(self.datamodule).__name__}; "
             f"{steps * batch:,} images in {steps:,} steps of {batch}"
-            + (f"; resumed from {self.resume_from}" if self.resume_from else "")
+            + (f"; resumed after {self.start.step:,} steps, {self.start.checkpoint}" if self.start.checkpoint else "")
+            + ("; nothing is left to train, --images sets the length" if self.start.step >= steps else "")
         )
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """What other programs want to know of the finished run."""
-        callbacks = {type(c): c for c in self.trainer.callbacks}
-        newest = {"samples": callbacks[SampleGrid].newest, "checkpoint": callbacks[Checkpoint].newest}
+        callbacks = {type(c): c for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        newest = {
+            "samples": callbacks[SampleGrid].newest,
+            "checkpoint": callbacks[Checkpoint].newest or self.start.checkpoint,
+        }
         return {
             "run": str(self.run_folder),
             "images_seen": self.model.images_seen,
@@ -157,6 +255,12 @@ class TrainingCLI(LightningCLI):
         }
 
 
+def best_precision(accelerator: Any) -> str:
+    """bf16-mixed on GPUs that compute in bfloat16 (float32 weights, optimiser and averages), float32 elsewhere."""
+    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
 def train(args: Sequence[str], default_config: Path) -> None:
     """``scripts/train.py``: train by command line, then print one line of JSON.
 
@@ -164,11 +268,12 @@ def train(args: Sequence[str], default_config: Path) -> None:
     into every other recipe.
     """
     started = time.perf_counter()
-    if not any(arg in ("-c", "--config") or arg.startswith("--config=") for arg in args):
+    if not config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
     _quieten()
     with errors.one_line_errors():
         cli = TrainingCLI(args)
+    with errors.one_line_errors(errors.RUNNING_ERRORS):
         cli.fit()
     if cli.trainer.is_global_zero:
         print(json.dumps(cli.summary(time.perf_counter() - started)), flush=True)
@@ -183,5 +288,6 @@ def _quieten() -> None:
         ".*does not have many workers.*",  # a batch is one indexing operation
         ".*`tensorboardX` has been removed.*",
         ".*treespec, LeafSpec.*",
+        ".*`srun` command is available.*",  # it is on every login node
     ):
         warnings.filterwarnings("ignore", advice)

@@ -1,5 +1,6 @@
 """``GenerativeModel``: a network together with the meaning of its output. The noun that samplers and scripts take."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -47,7 +48,8 @@ class GenerativeModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.net.parameters()).device
+        weights = itertools.chain(self.net.parameters(), self.net.buffers())
+        return next((w.device for w in weights), torch.device("cpu"))  # a field in closed form may have none
 
     def with_net(self, net: nn.Module) -> "GenerativeModel":
         """The same model around another network, e.g. an averaged copy. Nothing is copied."""

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from fmlit import randomness
@@ -15,10 +16,11 @@ from fmlit.descriptions import describe
 from fmlit.generative import GenerativeModel
 from fmlit.objectives import flow_matching_loss, score_matching_loss
 from fmlit.paths import CondOTPath, GaussianPath, VPPath
-from fmlit.predictions import Noise, Prediction, Velocity
-from fmlit.times import TimeLaw, UniformTime, training_limits
+from fmlit.predictions import Noise, Prediction, Score, Velocity
+from fmlit.times import Limits, TimeLaw, UniformTime, training_limits
 
 NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
+Decay = Literal["constant", "linear", "cosine"]
 
 
 class GenerativeModule(pl.LightningModule):
@@ -60,7 +62,7 @@ class GenerativeModule(pl.LightningModule):
         images: int = 1_000_000,
         learning_rate: float = 2e-4,
         warmup_images: int = 0,
-        decay: Literal["constant", "linear", "cosine"] = "constant",
+        decay: Decay = "constant",
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         seed: int = 0,
@@ -74,6 +76,8 @@ class GenerativeModule(pl.LightningModule):
             raise ValueError(f"images must be positive and warmup_images not negative, got {images}, {warmup_images}")
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+        if decay not in get_args(Decay):
+            raise ValueError(f"unknown decay {decay!r}: choose from {', '.join(get_args(Decay))}")
         classes = num_classes if conditional else None
         self.model = GenerativeModel(net(tuple(shape), classes), path, prediction, shape, classes)
         self.time_law, self.coupling, self.label_drop = time_law, coupling, label_drop
@@ -85,6 +89,10 @@ class GenerativeModule(pl.LightningModule):
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of each sample, (B,)."""
         raise NotImplementedError
+
+    def time_limits(self) -> Limits:
+        """The times at which the loss is finite."""
+        return training_limits(self.model.path, self.model.prediction)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         z, labels = batch["data"], batch["labels"] if self.model.num_classes is not None else None
@@ -104,14 +112,13 @@ class GenerativeModule(pl.LightningModule):
             return randomness.training_generator(self.seed, self.images_seen, stream, self.device)
 
         eps = torch.randn(total, *self.model.shape, generator=generator("noise"), device=self.device)[mine]
-        limits = training_limits(self.model.path, self.model.prediction)
-        t = self.time_law.sample(total, generator("time"), limits)[mine]
+        t = self.time_law.sample(total, generator("time"), self.time_limits())[mine]
         if labels is not None and self.label_drop > 0:
             dropped = torch.rand(total, generator=generator("labels"), device=self.device)[mine] < self.label_drop
-            labels = torch.where(dropped, self.model.num_classes, labels)
+            labels = torch.where(dropped, self.model.null_label, labels)  # type: ignore[arg-type]  # there are classes
         return eps, t, labels
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(
             self.model.net.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
@@ -160,8 +167,11 @@ class ScoreMatchingModule(GenerativeModule):
     def __init__(
         self, *args: Any, path: GaussianPath = VPPath(), prediction: Prediction = Noise(), **kwargs: Any
     ) -> None:
-        super().__init__(*args, path=path, prediction=prediction, **kwargs)
+        super().__init__(*args, path=path, prediction=prediction, **kwargs)  # type: ignore[misc]  # path is not in args
 
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         model = self.model
         return score_matching_loss(lambda x, t: model.score(x, t, labels), model.path, z, eps, t)
+
+    def time_limits(self) -> Limits:
+        return training_limits(self.model.path, Score())  # the loss passes through the score, whatever is predicted

@@ -6,6 +6,7 @@ null label ``num_classes``, which stands for "unconditional".
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class UNet(nn.Module):
 
         height = self.shape[1]
         with_attention = [height // 2**level in self.attention for level in range(len(self.multipliers))]
-        self.unet = UNet2DModel(
+        unet = UNet2DModel(
             sample_size=self.shape[1:],
             in_channels=self.shape[0],
             out_channels=self.shape[0],
@@ -64,6 +65,7 @@ class UNet(nn.Module):
             dropout=dropout,
             num_class_embeds=None if num_classes is None else num_classes + 1,
         )
+        self.unet = cast(nn.Module, unet)
         for name, module in self.unet.named_modules():
             if name.endswith(("conv2", "to_out.0")) or name == "conv_out":
                 nn.init.zeros_(module.weight)
@@ -76,9 +78,9 @@ class UNet(nn.Module):
 def _check_unet(net: UNet) -> None:
     if len(net.shape) != 3:
         raise ValueError(f"UNet needs images (channels, height, width), got shape {net.shape}; use MLP for vectors")
-    if not net.multipliers or net.channels < 1 or net.blocks < 1:
-        given = f"{net.channels}, {net.blocks} and {net.multipliers}"
-        raise ValueError(f"UNet needs channels, blocks and multipliers of at least 1, got {given}")
+    if not net.multipliers or min(net.channels, net.blocks, net.head_channels, *net.multipliers) < 1:
+        given = f"{net.channels}, {net.blocks}, {net.head_channels} and {net.multipliers}"
+        raise ValueError(f"UNet needs channels, blocks, head_channels and multipliers of at least 1, got {given}")
     factor = 2 ** (len(net.multipliers) - 1)
     if net.shape[1] % factor or net.shape[2] % factor:
         raise ValueError(

@@ -4,6 +4,7 @@ Image i owns its noise (see ``randomness.py``) and batches are fixed, so that wi
 bit-identical for any number of processes.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -97,10 +98,7 @@ class ODESampler(Sampler):
     def __init__(
         self, method: ODEMethod = "heun", steps: int = 18, grid: Grid = EDMGrid(), guidance: float = 1.0
     ) -> None:
-        if method not in get_args(ODEMethod):
-            raise ValueError(f"unknown method {method!r}: choose from {', '.join(get_args(ODEMethod))}")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        _check_sampler(method, get_args(ODEMethod), steps, guidance)
         self.method, self.steps, self.grid, self.guidance = method, steps, grid, guidance
 
     def limits(self, model: GenerativeModel) -> Limits:
@@ -135,10 +133,7 @@ class SDESampler(Sampler):
         grid: Grid = UniformGrid(),
         guidance: float = 1.0,
     ) -> None:
-        if method not in get_args(SDEMethod):
-            raise ValueError(f"unknown method {method!r}: choose from {', '.join(get_args(SDEMethod))}")
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        _check_sampler(method, get_args(SDEMethod), steps, guidance)
         self.sigma, self.method, self.steps, self.grid, self.guidance = sigma, method, steps, grid, guidance
 
     def limits(self, model: GenerativeModel) -> Limits:
@@ -157,6 +152,16 @@ class SDESampler(Sampler):
             return image_noise(seeds, model.shape, "sde", step).to(like)
 
         return getattr(solvers, self.method)(drift, sigma, x0, times, noise=noise, trajectory=trajectory)
+
+
+def _check_sampler(method: str, methods: Sequence[str], steps: int, guidance: float) -> None:
+    """Now, not at the first sample, which training may take hours to reach."""
+    if method not in methods:
+        raise ValueError(f"unknown method {method!r}: choose from {', '.join(methods)}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
 
 
 def guided_velocity(model: GenerativeModel, labels: Tensor | None, scale: float) -> Field:

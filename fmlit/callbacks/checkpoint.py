@@ -30,15 +30,20 @@ class Checkpoint(EveryImages):
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         folder = Path(trainer.default_root_dir) / "checkpoints"
-        self.newest = folder / f"{module.images_seen:09d}.ckpt"
+        self.newest = folder / _name(module.images_seen)
         trainer.save_checkpoint(self.newest)  # on all ranks: it waits for them
         if trainer.is_global_zero:
             _point(folder / "last.ckpt", self.newest)
-            numbered = sorted(path for path in folder.glob("*.ckpt") if path.stem.isdigit())
-            newer = [path for path in numbered if path > self.newest]  # left by a run that was resumed from before them
-            for path in [*newer, *numbered[: -self.keep - len(newer) or None]]:
-                if path != self.newest:
-                    trainer.strategy.remove_checkpoint(path)
+            # As numbers: names grow longer at 10^9 images.
+            seen = sorted(int(path.stem) for path in folder.glob("*.ckpt") if path.stem.isdigit())
+            past = [images for images in seen if images <= module.images_seen]
+            for images in seen:  # those ahead were left by a run that was resumed from before them
+                if images not in past[-self.keep :]:
+                    trainer.strategy.remove_checkpoint(folder / _name(images))
+
+
+def _name(images_seen: int) -> str:
+    return f"{images_seen:09d}.ckpt"
 
 
 def _point(link: Path, target: Path) -> None:

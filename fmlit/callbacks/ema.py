@@ -50,7 +50,7 @@ class EMA(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for copy in self.copies.values():
-            copy.to(pl_module.device)
+            copy.module.to(pl_module.device)  # the count stays on the CPU, where reading it stalls no queue
 
     def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], _: Tensor | int) -> None:
         current = [p.to(a.dtype) for a, p in zip(averaged, current, strict=True)]

@@ -30,7 +30,7 @@ class EveryImages(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks, averages = trainer.callbacks, averages_of(trainer)  # type: ignore[attr-defined]
         if averages and callbacks.index(averages) > callbacks.index(self):
-            raise ValueError(f"list the EMA callback before {type(self).__name__}, which samples from its averages")
+            raise ValueError(f"list the EMA callback before {type(self).__name__}, which needs its averages up to date")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, GenerativeModule)

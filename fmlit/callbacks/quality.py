@@ -21,7 +21,7 @@ class QualityCurve(EveryImages):
 
     All ranks share the sampling; the images do not depend on their number. Values are logged under names that carry n
     and the features (``fid_5k``, ``fd_pixels_1k``), once with the protocol string that they belong to. The checkpoint
-    with the lowest first metric is kept as ``checkpoints/best.ckpt``.
+    with the best first metric, in the order below, is kept as ``checkpoints/best.ckpt``.
 
     Args:
         every: interval in training images; null for never.
@@ -84,8 +84,9 @@ class QualityCurve(EveryImages):
         if self.best is None and trainer.is_global_zero:
             weights = "ema" if averages_of(trainer) else "raw"
             print(f"{next(iter(self.latest))} is {quality.protocol(weights, self.sampler.name)}", flush=True)
-        first = next(iter(self.latest.values()))
-        if self.best is None or first < self.best:
+        name, first = next(iter(self.latest.items()))
+        higher_is_better = name.startswith(("precision", "recall"))
+        if self.best is None or (first > self.best if higher_is_better else first < self.best):
             self.best = first
             trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt")
 

@@ -35,7 +35,6 @@ class SampleGrid(EveryImages):
         if columns < 1:
             raise ValueError(f"columns must be at least 1, got {columns}")
         self.sampler, self.columns, self.seed = sampler, columns, seed
-        self.folder: Path | None = None  # the run folder; Trainer.default_root_dir unless the command line sets it
         self.newest: Path | None = None
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
@@ -49,7 +48,7 @@ class SampleGrid(EveryImages):
         labels = None if classes is None else (indices // self.columns) % classes
         samples = self.sampler.sample(model, image_seeds(self.seed, indices), labels)
         picture = draw_samples(samples, self.columns)
-        folder = (self.folder or Path(trainer.default_root_dir)) / "samples"
+        folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         self.newest = folder / f"{module.images_seen:09d}.png"
         picture.save(self.newest)

@@ -46,7 +46,8 @@ class TrainingLog(pl.Callback):
         bins = (times * self.bins).long().clamp(max=self.bins - 1)
         self._sums[0].index_add_(0, bins, losses)
         self._sums[1].index_add_(0, bins, torch.ones_like(losses))
-        if trainer.global_step % trainer.log_every_n_steps == 0 and not trainer.fit_loop._should_accumulate():  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 is Lightning's "never"
+        if every and trainer.global_step % every == 0 and not trainer.fit_loop._should_accumulate():
             self._log(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,7 +77,7 @@ class TrainingLog(pl.Callback):
 
 def _pauses(trainer: pl.Trainer) -> float:
     """Seconds that sampling and scoring have taken so far."""
-    return sum(c.seconds for c in trainer.callbacks if isinstance(c, EveryImages))  # type: ignore[attr-defined]
+    return sum(c.seconds for c in trainer.callbacks if isinstance(c, EveryImages))  # type: ignore[attr-defined, misc]
 
 
 class ProgressBar(RichProgressBar):

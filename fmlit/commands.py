@@ -1,0 +1,208 @@
+"""What the scripts that start from a checkpoint share: typed options, the checkpoint, the sampler, a line of JSON."""
+
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import torch
+import torch.distributed as dist
+from jsonargparse import auto_cli
+from jsonargparse.typing import register_type
+from rich.console import Console
+from rich.progress import track
+
+from fmlit import checkpoints, descriptions, errors
+from fmlit.data import DataModule
+from fmlit.dynamics import ConstantDiffusion, Diffusion
+from fmlit.metrics.ranks import Ranks
+from fmlit.parsing import Parser
+from fmlit.samplers import ODEMethod, ODESampler, Sampler, SDEMethod, SDESampler
+from fmlit.times import Grid
+
+T = TypeVar("T")
+
+
+class Integers(tuple[int, ...]):
+    """Whole numbers: ``5,10,20`` on the command line."""
+
+
+class Numbers(tuple[float, ...]):
+    """Numbers: ``1.0,1.5`` on the command line."""
+
+
+class Names(tuple[str, ...]):
+    """Words: ``fid,kid`` on the command line."""
+
+
+def _register(many: type, one: type, example: str) -> None:
+    def read(value: Any) -> Any:
+        items = value if isinstance(value, list | tuple) else str(value).split(",")
+        try:
+            return many(one(item.strip() if isinstance(item, str) else item) for item in items)
+        except ValueError as error:
+            raise ValueError(f"expected values such as {example}") from error
+
+    register_type(many, serializer=list, deserializer=read)
+
+
+_register(Integers, int, "5,10,20")
+_register(Numbers, float, "1.0,1.5")
+_register(Names, str, "one,two")
+
+
+def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str]) -> None:
+    """Call ``command`` with options from the command line, then print what it returns as one line of JSON.
+
+    The signature is the list of options, the docstring their help; ``--save-images`` is the same as ``--save_images``,
+    and a switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing.
+    """
+    with errors.one_line_errors():
+        summary = auto_cli(
+            command,
+            args=_normalised(args, inspect.signature(command).parameters.values()),
+            as_positional=False,
+            parser_class=Parser,
+            description=(inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
+            usage=f"{Path(sys.argv[0]).name} [--KEY VALUE ...]",
+            allow_abbrev=False,
+        )
+        if summary is not None:
+            print(json.dumps(summary), flush=True)
+
+
+def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) -> list[str]:
+    args = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
+    switches = {f"--{parameter.name}" for parameter in parameters if parameter.annotation is bool}
+    following = zip(args, [*args[1:], ""], strict=False)
+    alone = [arg in switches and after not in ("true", "false") for arg, after in following]
+    return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
+
+
+def find_checkpoint(path: str) -> Path:
+    """A checkpoint file as it is; of a run folder, its newest checkpoint ``checkpoints/last.ckpt``."""
+    found = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
+    if not found.is_file():
+        raise ValueError(f"there is no checkpoint {found}: give --checkpoint a .ckpt file or the folder of a run")
+    return found
+
+
+def folder_of_run(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint file, or the folder in which it lies if that is none."""
+    return checkpoint.parent.parent if checkpoint.absolute().parent.name == "checkpoints" else checkpoint.parent
+
+
+def training_data(checkpoint: Path | None, trust: Sequence[str] = ()) -> DataModule:
+    """The data set that a checkpoint was trained on, built from the description in it."""
+    if checkpoint is None:
+        raise ValueError("give --data, or the --checkpoint of a model that was trained on them")
+    try:
+        data = descriptions.build(checkpoints.load(checkpoint).get("data_description", {}), trust)
+        if not isinstance(data, DataModule):
+            raise ValueError(f"it describes a {type(data).__qualname__}, not data")
+    except ValueError as error:
+        raise ValueError(f"the training data of {checkpoint} cannot be built ({error}); give them by --data") from error
+    return data
+
+
+def build_sampler(
+    solver: str,
+    steps: int | None = None,
+    grid: Grid | None = None,
+    guidance: float = 1.0,
+    sigma: Diffusion | float | None = None,
+) -> Sampler:
+    """The sampler of a solver's name: an ODE's, or an SDE's with ``sigma``. What is None keeps its default."""
+    odes, sdes = get_args(ODEMethod), get_args(SDEMethod)
+    if solver not in (*odes, *sdes):
+        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join((*odes, *sdes))}")
+    if sigma is not None and solver not in sdes:
+        raise ValueError(f"sigma is the noise of an SDE, and {solver} solves the ODE: choose from {', '.join(sdes)}")
+    diffusion = ConstantDiffusion(sigma) if isinstance(sigma, int | float) else sigma
+    options = {"steps": steps, "grid": grid, "sigma": diffusion}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return (SDESampler if solver in sdes else ODESampler)(method=solver, guidance=guidance, **given)  # type: ignore
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is this process's GPU if there is one, else the CPU."""
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # no such device, or a torch without support for it
+        raise ValueError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from error
+    return torch.device(device)
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[Ranks]:
+    """All processes of torchrun, joined for the length of the block; a process that was started alone stays alone."""
+    joined = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if joined:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks.current()
+    finally:
+        if joined:
+            dist.destroy_process_group()
+
+
+def progress(batches: Iterable[T], total: int, what: str, shown: bool = True) -> Iterator[T]:
+    """The batches, with a bar beneath them if this is a terminal."""
+    shown = shown and sys.stderr.isatty()
+    yield from track(batches, what, total, console=Console(stderr=True), transient=True, disable=not shown)
+
+
+@contextmanager
+def new_folder(path: Path, ranks: Ranks = Ranks()) -> Iterator[Path]:
+    """A folder to fill, by all ranks; it appears under its name when the block ends, and not at all if that fails.
+
+    Raises:
+        ValueError: there is something of that name already, other than an empty folder.
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+
+    def begin() -> None:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise ValueError(f"{path} exists already: remove it, or choose another name")
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+        partial.mkdir(parents=True)
+
+    def end() -> None:
+        partial.replace(path)
+
+    ranks.from_first(begin)
+    try:
+        with ranks.failing_together():
+            yield partial
+        ranks.from_first(end)
+    except BaseException:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def new_file(path: str, *endings: str) -> Path:
+    """A path that can be written, looked at before the work rather than after it; its folder is made.
+
+    Raises:
+        ValueError: it does not end in one of ``endings``.
+        OSError: its folder cannot be made or written.
+    """
+    file = Path(path)
+    if file.suffix.lower() not in endings:
+        raise ValueError(f"{path} must end in {' or '.join(endings)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK) or file.is_dir():
+        raise OSError(f"cannot write {path}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")
+    return file

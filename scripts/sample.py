@@ -1,0 +1,9 @@
+"""Draw samples: ``python scripts/sample.py --checkpoint runs/NAME [--n 100 --labels 3,7 ...]``; see ``--help``."""
+
+import sys
+
+from fmlit.commands import run
+from fmlit.sampling import sample
+
+if __name__ == "__main__":
+    run(sample, sys.argv[1:])

@@ -1,0 +1,103 @@
+"""Training on several processes is training on one, shared out: gloo on the CPU, in processes as torchrun starts them."""
+
+import functools
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from small_runs import Memory, digits_module, fit, names, same, tiny_unet, weights
+
+from fmlit.callbacks import EMA, Checkpoint, QualityCurve, SampleGrid, TrainingLog
+from fmlit.samplers import ODESampler
+
+multiprocessing.set_forkserver_preload(["small_runs", "diffusers"])  # the server imports once, its children start at once
+
+STEPS = 20
+
+
+class Report(pl.Callback):
+    """Every rank writes down what it ends with, and rank 0 what was logged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        callbacks = {type(callback): callback for callback in trainer.callbacks}
+        logged = trainer.logger.rows if trainer.is_global_zero else []
+        pace = "images_per_second"
+        report = {
+            "weights": weights(pl_module),
+            "ema": callbacks[EMA].averaged_weights(),
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "images_seen": pl_module.images_seen,
+            "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+            "logged": [{key: value for key, value in row.items() if key != pace} for row in logged],
+            "quality": callbacks[QualityCurve].latest,
+        }
+        torch.save(report, self.folder / f"report-{trainer.global_rank}.pt")
+
+
+def run(folder: Path, steps: int = STEPS, dropout: float = 0.0, **settings: Any) -> None:
+    """Train on the digits with everything that acts on the way."""
+    module = digits_module(net=functools.partial(tiny_unet, dropout=dropout))
+    few = ODESampler("euler", 4)
+    curve = QualityCurve(120, 70, metrics=("fid",), sampler=few, batch_size=16, cache=f"{folder}/cache")
+    callbacks = EMA([100]), SampleGrid(120, few, columns=2), curve, Checkpoint(60), TrainingLog(), Report(folder)
+    fit(module, folder, steps, *callbacks, logger=Memory(), log_every_n_steps=5, **settings)
+
+
+def worker(rank: int, ranks: int, port: int, folder: Path, settings: dict[str, Any]) -> None:
+    """What torchrun starts."""
+    torch.set_num_threads(1)
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({key: str(value) for key, value in {**local, **meeting}.items()})
+    run(folder, devices=ranks, strategy="ddp", **settings)
+    dist.destroy_process_group()
+
+
+def train(folder: Path, ranks: int, **settings: Any) -> list[dict[str, Any]]:
+    """The reports of all ranks of a run; one rank trains here, without torch.distributed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if ranks == 1:
+        run(folder, **settings)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        mp.start_processes(worker, (ranks, port, folder, settings), ranks, start_method="forkserver")
+    return [torch.load(folder / f"report-{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def assert_close(a: Any, b: Any, atol: float) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("alone"), 1)[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_together_train_what_one_trains(ranks, alone, tmp_path):
+    reports = train(tmp_path, ranks)
+    for report in reports:
+        assert report["world_size"] == ranks
+        assert report["images_seen"] == alone["images_seen"] == 240
+        assert_close(report["weights"], alone["weights"], 1e-5)
+        assert_close(report["ema"], alone["ema"], 1e-5)
+        assert same(report["weights"], reports[0]["weights"])
+        assert same(report["ema"]["ema_100"], reports[0]["ema"]["ema_100"])
+        assert report["quality"] == reports[0]["quality"]  # all ranks know the score
+    assert len(reports[0]["logged"]) == len(alone["logged"]) == 6
+    for row, expected in zip(reports[0]["logged"], alone["logged"], strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+    assert names(tmp_path / "samples", "*") == ["000000120.png", "000000240.png"]
+    assert names(tmp_path / "checkpoints") == ["000000180.ckpt", "000000240.ckpt", "best.ckpt", "last.ckpt"]
