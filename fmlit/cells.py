@@ -1,5 +1,7 @@
 """The cells of an evaluation: what the scores of each depend on, and how they are found."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmlit.commands import new_folder, progress
+from fmlit.descriptions import describe
 from fmlit.generative import GenerativeModel
 from fmlit.imagefiles import read_images, save_pngs
 from fmlit.metrics.features import weights_digest
@@ -78,10 +81,11 @@ class ModelCells:
                 f"metric class needs a model of the data's {scorer.data.num_classes} classes, and this one has "
                 f"{model.num_classes or 'none'}"
             )
+        model_digest = hashlib.sha256(json.dumps(describe(model)).encode()).hexdigest()[:12]
         self.model, self.weights, self.scorer, self.n, self.seed = model, weights, scorer, n, seed
         self.identity: Record = {
             "weights": weights,
-            "of": weights_digest(model.net.state_dict()),
+            "of": f"{weights_digest(model.net.state_dict())} in {model_digest}",
             "n": n,
             "seed": seed,
             "batch_size": scorer.batch_size,
@@ -106,7 +110,8 @@ class ModelCells:
             opened = new_folder(pngs, self.scorer.ranks) if pngs else nullcontext()
             with opened as target, _counted_rows(self.model.net) as rows:
                 outcome = self.scorer.score(self._stream(sampler, target), self.weights, sampler.name)
-            outcome |= {"nfe": round(sum(rows) / self._drawn, 1), "seconds": _since(started)}
+            nfe = sum(rows) / max(self._drawn, 1)  # rank 0, whose record counts, has always drawn some
+            outcome |= {"nfe": round(nfe, 1), "seconds": _since(started)}
             if picture is not None:
                 outcome["nearest"] = self._draw_neighbours(sampler, neighbours, picture)
             return outcome

@@ -1,5 +1,6 @@
 """The command line of training: a LightningCLI with a run folder, links from data to model, and one-line errors."""
 
+import contextlib
 import json
 import logging
 import math
@@ -7,7 +8,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,8 @@ from fmlit.checkpoints import AtomicCheckpointIO
 from fmlit.data.base import DataModule
 from fmlit.loggers import MetricsFile
 from fmlit.modules import GenerativeModule
-from fmlit.parsing import Parser, check_arguments, check_network, config_files
+from fmlit.parsing import HELP, Parser, check_arguments, check_launch, check_network, config_files
 from fmlit.resume import Start, find_start
-
-HELP = """Train an image generator by flow matching or score matching.
-
-  train.py                                                 the quickstart: handwritten digits in two minutes
-  train.py --config configs/cifar10_flow.yaml              a recipe; configs/ has more
-  train.py --config FILE --model.net.channels 64           with any key changed
-  train.py --config FILE --print_config                    every key and its value, without training
-  train.py --config FILE --resume                          go on with the newest run of that name
-
-The arguments of the model, of its parts and of the data depend on their class, and are listed by
-  train.py --model.help FlowMatchingModule                 ScoreMatchingModule
-  train.py --model.net.help fmlit.networks.UNet            fmlit.networks.MLP
-  train.py --model.path.help CondOTPath                    CosinePath, PolynomialPath, VPPath
-  train.py --data.help CIFAR10                             Digits, MNIST, ImageFolder, ...
-  train.py --samples.sampler.help ODESampler               SDESampler
-  train.py --trainer.logger.help fmlit.loggers.WandbLogger
-"""
 
 # Trainer options that would be accepted and then ignored: the stream of batches is endless and its length is in images,
 # there is no validation loop, and run folder, checkpoints and their hash are ours.
@@ -154,7 +138,7 @@ class TrainingCLI(LightningCLI):
                 start = runs.agree(lambda: json.dumps(find_start(self.run_folder, self.model, resume)))
                 self.start = Start(*json.loads(start))
             trainer = self._build_trainer(**self._trainer_settings(), **kwargs)
-            self._check_batch_size(trainer)
+            self._check_processes(trainer)
         except BaseException:
             self.discard()
             raise
@@ -169,7 +153,9 @@ class TrainingCLI(LightningCLI):
     def _trainer_settings(self) -> dict[str, Any]:
         """What is not left to the user, and the user's lists with ours added."""
         given = self.config_init["trainer"]
-        max_steps = given["max_steps"]
+        steps = given["max_steps"]
+        if steps == -1:
+            steps = math.ceil(self.config["images"] / self.datamodule.batch_size)
         given_loggers = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
         loggers = [logger for logger in given_loggers if not isinstance(logger, bool | None)]
         for logger in loggers:
@@ -184,17 +170,16 @@ class TrainingCLI(LightningCLI):
             "enable_model_summary": False,
             "use_distributed_sampler": False,  # the data modules deal images to ranks themselves
             "max_epochs": -1,
-            "max_steps": math.ceil(self.config["images"] / self.datamodule.batch_size)
-            if max_steps == -1
-            else max_steps,
+            "max_steps": steps,
             "precision": given["precision"] or best_precision(given["accelerator"]),
             "logger": [MetricsFile(self.run_folder, self.start.step), *loggers],
             "callbacks": [*filter(None, callbacks), TrainingLog(), *bar],
             "plugins": [*filter(None, plugins), AtomicCheckpointIO()],
         }
 
-    def _check_batch_size(self, trainer: pl.Trainer) -> None:
+    def _check_processes(self, trainer: pl.Trainer) -> None:
         """Raise a ValueError now, before other processes are launched, rather than in each of them."""
+        check_launch(trainer.world_size)
         self.datamodule.trainer = trainer
         try:
             self.datamodule._share()
@@ -208,13 +193,13 @@ class TrainingCLI(LightningCLI):
         try:
             self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
-            if self.trainer.is_global_zero:
+            if self.trainer.is_global_zero and self.trainer.global_step:
                 print(f"interrupted after {self.model.images_seen:,} images; --resume goes on", file=sys.stderr)
             raise
         except RuntimeError as error:
             if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].partition(". ")[0]
             raise ConnectionError(f"lost another process, which says why or was killed ({reason})") from error
         finally:
             if self.trainer.global_step == 0:
@@ -244,7 +229,7 @@ class TrainingCLI(LightningCLI):
             "samples": callbacks[SampleGrid].newest,
             "checkpoint": callbacks[Checkpoint].newest or self.start.checkpoint,
         }
-        return {
+        summary = {
             "run": str(self.run_folder),
             "images_seen": self.model.images_seen,
             "steps": self.trainer.global_step,
@@ -253,6 +238,8 @@ class TrainingCLI(LightningCLI):
             **{name: str(path) if path else None for name, path in newest.items()},
             **callbacks[QualityCurve].latest,
         }
+        # JSON has no NaN.
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
 def best_precision(accelerator: Any) -> str:
@@ -270,24 +257,32 @@ def train(args: Sequence[str], default_config: Path) -> None:
     started = time.perf_counter()
     if not config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
-    _quieten()
-    with errors.one_line_errors():
-        cli = TrainingCLI(args)
-    with errors.one_line_errors(errors.RUNNING_ERRORS):
-        cli.fit()
+    with _few_words():
+        with errors.one_line_errors():
+            cli = TrainingCLI(args)
+        with errors.one_line_errors(errors.RUNNING_ERRORS):
+            cli.fit()
     if cli.trainer.is_global_zero:
         print(json.dumps(cli.summary(time.perf_counter() - started)), flush=True)
 
 
-def _quieten() -> None:
-    """Drop Lightning's advice that does not hold here."""
+@contextlib.contextmanager
+def _few_words() -> Iterator[None]:
+    """Without Lightning's advice that does not hold here; other warnings take one line each."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for advice in (
-        ".*args parameter is intended to run from within Python.*",
-        ".*does not have many workers.*",  # a batch is one indexing operation
-        ".*`tensorboardX` has been removed.*",
-        ".*treespec, LeafSpec.*",
-        ".*`srun` command is available.*",  # it is on every login node
-    ):
-        warnings.filterwarnings("ignore", advice)
+    formatwarning = warnings.formatwarning
+    with warnings.catch_warnings():
+        for advice in (
+            ".*args parameter is intended to run from within Python.*",
+            ".*does not have many workers.*",  # a batch is one indexing operation
+            ".*`tensorboardX` has been removed.*",
+            ".*treespec, LeafSpec.*",
+            ".*`srun` command is available.*",  # it is on every login node
+        ):
+            warnings.filterwarnings("ignore", advice)
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+        try:
+            yield
+        finally:
+            warnings.formatwarning = formatwarning

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,8 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str]) -> N
     The signature is the list of options, the docstring their help; ``--save-images`` is the same as ``--save_images``,
     and a switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing.
     """
-    with errors.one_line_errors():
+    with errors.one_line_errors(), warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes all that it is given
         summary = auto_cli(
             command,
             args=_normalised(args, inspect.signature(command).parameters.values()),
@@ -75,6 +77,11 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str]) -> N
         )
         if summary is not None:
             print(json.dumps(summary), flush=True)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """For people: without the line of code that it comes from."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) -> list[str]:

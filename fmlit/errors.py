@@ -20,6 +20,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 RUNNING_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
 USER_ERRORS = (*RUNNING_ERRORS, TypeError)
 
+RANK_0_FIRST_S = 5.0
 CLOSE = 0.75  # similarity of names above which one may have been meant for the other
 
 # What jsonargparse says around the one thing that matters.
@@ -50,12 +51,15 @@ def one_line_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterato
 def exit_with(message: str, keys: Iterable[str] = ()) -> NoReturn:
     """Print the condensed message and exit with code 2.
 
-    Of several processes rank 0 speaks for all. The others wait, as its end ends them where it has failed as well.
+    Of several processes rank 0 speaks for all. The others give it time to fail as well, which ends them or orphans
+    them; where it goes on, the mistake is theirs alone and they say it.
     """
     rank = getattr(rank_zero_only, "rank", 0)
+    parent = os.getppid()
     if rank:
-        time.sleep(5)
-    print(f"error: {f'rank {rank}: ' if rank else ''}{condense(message, keys)}", file=sys.stderr, flush=True)
+        time.sleep(RANK_0_FIRST_S)
+    if os.getppid() == parent:
+        print(f"error: {f'rank {rank}: ' if rank else ''}{condense(message, keys)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

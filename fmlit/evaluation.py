@@ -123,11 +123,11 @@ def evaluate(
             assert file is not None
             loaded = checkpoints.load_model(file, weights or "ema", trust, where).requires_grad_(False)
             of_model = ModelCells(loaded, weights or "ema", scorer, 5000 if n is None else n, seed or 0)
-            sweep = itertools.product(solver or ["heun"], steps or [None], guidance or [1.0])
+            solvers = [] if set(chosen) == {"bpd"} else solver or ["heun"]
+            sweep = itertools.product(solvers, steps or [None], guidance or [1.0])
             samplers = [build_sampler(name, count, grid, scale, sigma) for name, count, scale in sweep]
             saved = Path(save_images) if save_images else None
             cells = [of_model.samples(sampler, folder, neighbours, saved) for sampler in samplers]
-            cells = cells if set(chosen) != {"bpd"} else []
             cells += [of_model.likelihood()] if "bpd" in chosen else []
         records = [_result(cell, results, ranks) for cell in cells]
         return _report(records, results.path, wandb, folder.absolute().parent.name) if ranks.rank == 0 else None

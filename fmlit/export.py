@@ -13,6 +13,7 @@ from fmlit import checkpoints, descriptions
 from fmlit.commands import Names, find_checkpoint, folder_of_run, new_folder
 from fmlit.generative import GenerativeModel
 from fmlit.networks import TIME_SCALE, UNet
+from fmlit.predictions import Velocity
 
 WEIGHTS, DESCRIPTION, DIFFUSERS = "model.safetensors", "model.json", "diffusers"
 
@@ -50,7 +51,10 @@ def save(model: GenerativeModel, folder: Path, origin: dict[str, Any] | None = N
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     (folder / "README.md").write_text(readme(model))
     if isinstance(model.net, UNet):
-        model.net.unet.save_pretrained(folder / DIFFUSERS)
+        unet: Any = model.net.unet
+        unet.save_pretrained(folder / DIFFUSERS)
+    for path in folder.rglob("*.safetensors"):  # which safetensors creates for the owner's eyes only
+        path.chmod((folder / "README.md").stat().st_mode)
 
 
 def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | str = "cpu") -> GenerativeModel:
@@ -78,27 +82,48 @@ def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | s
 
 
 def readme(model: GenerativeModel) -> str:
-    """What somebody who has the folder alone needs to know of path, prediction, time scale and labels."""
-    classes = "Unconditional."
+    """What somebody who has the folder alone needs to know of shapes, labels, time, path and prediction."""
+    labels = "It is unconditional."
     if model.num_classes is not None:
-        classes = f"Class-conditional: labels 0 to {model.num_classes - 1}; {model.null_label} stands for no label."
-    text = f"""# A generative model
+        labels = f"It knows the classes 0 to {model.num_classes - 1}; label {model.null_label} stands for none of them."
+    parts = [
+        "# A generative model",
+        f"Made with fmlit {fmlit.__version__}. Samples have shape {model.shape}; images lie in [-1, 1]. {labels}",
+        "Time runs from t = 0, noise, to t = 1, data: `x_t = alpha(t) z + beta(t) eps`, with z the data and eps "
+        "standard normal noise.",
+        *(f"`{part}`\n\n{inspect.getdoc(part)}" for part in (model.path, model.prediction)),
+        WITH_FMLIT,
+    ]
+    if isinstance(model.net, UNet):
+        parts += [
+            f"The network itself is in {DIFFUSERS}/, and is given the time t as {TIME_SCALE:g} t.",
+            _with_diffusers(model),
+        ]
+    return "\n\n".join(parts) + "\n"
 
-Made with [fmlit](https://pypi.org/project/fmlit) {fmlit.__version__}. Samples have shape {tuple(model.shape)}, images in
-[-1, 1]. {classes}
 
-Time runs from t = 0 (noise) to t = 1 (data); x_t = alpha(t) z + beta(t) eps, with z the data and eps standard normal.
-
-- Path, {type(model.path).__name__}: {_summary(model.path)}
-- Prediction, {type(model.prediction).__name__}: {_summary(model.prediction)}
-
-```python
+WITH_FMLIT = """```python
 from fmlit.export import load
 from fmlit.randomness import image_seeds
 from fmlit.samplers import ODESampler
 
-model = load("{{this folder}}")
+model = load(".")
 samples = ODESampler().sample(model, image_seeds(0, range(16)))
-```
-"""
-    return text + _diffusers_part(model) if isinstance(model.net, UNet) else text
+```"""
+
+
+def _with_diffusers(model: GenerativeModel) -> str:
+    """How diffusers evaluates the network, and where that is a velocity, how Euler's method makes samples of it."""
+    labelled = model.num_classes is not None
+    shape = ", ".join(str(side) for side in (16, *model.shape))
+    euler = isinstance(model.prediction, Velocity)
+    lines = ["import torch", "from diffusers import UNet2DModel", ""]
+    lines += [f'unet = UNet2DModel.from_pretrained("{DIFFUSERS}").eval()', f"x = torch.randn({shape})"]
+    lines += ["labels = torch.zeros(16, dtype=torch.int64)"] if labelled else []
+    lines += ["for i in range(50):", "    t = torch.full((16,), i / 50)"] if euler else ["t = torch.full((16,), 0.5)"]
+    call = f"unet(x, {TIME_SCALE:g} * t{', labels' if labelled else ''}).sample"
+    if euler:
+        lines += ["    with torch.no_grad():", f"        x = x + {call} / 50"]
+    else:
+        lines += [f"output = {call}  # F at x and t"]
+    return "\n".join(["```python", *lines, "```"])

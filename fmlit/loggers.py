@@ -81,7 +81,8 @@ class MetricsFile(Logger):
 
     def _kept_rows(self) -> list[dict[str, str]]:
         """The rows of an interrupted run up to where it is resumed; a half-written one is none of them."""
-        return [row for row in self._read() if (row["step"] or "").isdigit() and int(row["step"]) <= self.resumed_at]
+        steps = [(row, row.get("step") or "") for row in self._read()]
+        return [row for row, step in steps if step.isdecimal() and int(step) <= self.resumed_at]
 
     def _read(self) -> list[dict[str, str]]:
         if not self.path.exists():

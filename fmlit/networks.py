@@ -61,7 +61,7 @@ class UNet(nn.Module):
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in with_attention),
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(with_attention)),
             attention_head_dim=head_channels,
-            norm_num_groups=math.gcd(32, channels),
+            norm_num_groups=_norm_groups(channels),
             dropout=dropout,
             num_class_embeds=None if num_classes is None else num_classes + 1,
         )
@@ -73,6 +73,14 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.unet(x, t * TIME_SCALE, labels, return_dict=False)[0]
+
+
+def _norm_groups(channels: int) -> int:
+    """32, or fewer where a group would have less than 4 channels: one alone loses what time and label add to it."""
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels < 4 * groups:
+        groups //= 2
+    return groups
 
 
 def _check_unet(net: UNet) -> None:

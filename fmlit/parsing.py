@@ -1,9 +1,10 @@
-"""How command lines and recipes are read: help that leads on, errors in one line, and what a parser cannot check."""
+"""How command lines and recipes are read: help that leads on, errors in one line, checks that are not the parser's."""
 
 import argparse
 import difflib
 import inspect
 import itertools
+import os
 import pydoc
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +13,27 @@ from typing import Any
 
 import jsonargparse
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fmlit import errors
+
+HELP = """Train an image generator by flow matching or score matching.
+
+  train.py                                                 the quickstart: handwritten digits in two minutes
+  train.py --config configs/cifar10_flow.yaml              a recipe; configs/ has more
+  train.py --config FILE --model.net.channels 64           with any key changed
+  train.py --config FILE --print_config                    every key and its value, without training
+  train.py --config FILE --resume                          go on with the newest run of that name
+
+The arguments of the model, of its parts and of the data depend on their class, and are listed by
+  train.py --model.help FlowMatchingModule                 ScoreMatchingModule
+  train.py --model.net.help fmlit.networks.UNet            fmlit.networks.MLP
+  train.py --model.path.help CondOTPath                    CosinePath, PolynomialPath, VPPath
+  train.py --data.help CIFAR10                             Digits, MNIST, ImageFolder, ...
+  train.py --samples.sampler.help ODESampler               SDESampler
+  train.py --trainer.logger.help fmlit.loggers.WandbLogger
+"""
 
 # The same value everywhere: set once, and not where it would be overwritten.
 LINKS = {
@@ -85,6 +104,24 @@ def check_network(config: Mapping[str, Any]) -> None:
                 f"model.net: {class_path} must take shape and num_classes as its first two arguments, in that order; "
                 f"it takes {', '.join(takes) or 'none'}"
             )
+
+
+def check_launch(world_size: int) -> None:
+    """Raise a ValueError if torchrun or srun started more processes than train together.
+
+    Lightning would let each train alone, all in the same folder.
+    """
+    environment = os.environ
+    started = 1
+    if environment.keys() >= {"RANK", "WORLD_SIZE"}:
+        started = int(environment["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        started = int(environment["SLURM_NTASKS"])
+    if started > 1 and started != world_size:
+        raise ValueError(
+            f"trainer.devices: {started} processes were started, but {world_size} would train together; set it to the "
+            f"processes of a node, trainer.num_nodes to the number of nodes, and trainer.strategy to ddp"
+        )
 
 
 def _read_yaml(path: Path) -> Any:

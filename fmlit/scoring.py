@@ -1,7 +1,7 @@
 """Scores of images, and of the model behind them, against one data set."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fmlit import likelihood, solvers
+from fmlit.commands import progress
 from fmlit.data import DataModule
 from fmlit.data.datasets import LabelledDataset
 from fmlit.generative import GenerativeModel
@@ -105,19 +106,24 @@ class Scorer:
     @cached_property
     def references(self) -> list[Reference]:
         """The statistics of each split, from the cache or computed now."""
-        return [
-            reference_statistics(
-                self.data.dataset(split),  # type: ignore[arg-type]  # refuses a split that there is not
-                self.data.fingerprint(split),  # type: ignore[arg-type]
-                self.features,
-                split,
-                self.cache,
-                flip=self.flip,
-                batch_size=self.batch_size,
-                num_workers=self.data.num_workers,
-            )
-            for split in self.splits
-        ]
+        return [self._reference(split) for split in self.splits]
+
+    def _reference(self, split: str) -> Reference:
+        def bar(loader: Iterable[Tensor]) -> Iterable[Tensor]:
+            return progress(loader, len(cast(Sized, loader)), f"statistics of {split}", self.ranks.rank == 0)
+
+        dataset, fingerprint = self.data.dataset(split), self.data.fingerprint(split)  # type: ignore[arg-type]  # checks
+        return reference_statistics(
+            dataset,
+            fingerprint,
+            self.features,
+            split,
+            self.cache,
+            flip=self.flip,
+            batch_size=self.batch_size,
+            num_workers=self.data.num_workers,
+            progress=bar,
+        )
 
     @cached_property
     def reader(self) -> ClassReader:

@@ -41,7 +41,7 @@ def fit(
 ) -> pl.Trainer:
     """Train as ``scripts/train.py`` does, on the digits in batches of 12 unless other data are given."""
     ours = dict.fromkeys(("enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-    defaults = {"accelerator": "cpu", "devices": 1, "logger": False, **ours}
+    defaults: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, **ours}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*srun.*|.*LeafSpec.*|.*fit.ckpt_path=.*")
         trainer = pl.Trainer(

@@ -70,12 +70,12 @@ def test_callbacks_act_at_an_early_end(tmp_path):
 
 def test_callbacks_go_on_after_a_resume_as_if_nothing_had_been(tmp_path):
     path = tmp_path / "a.ckpt"
-    fit(digits_module(), tmp_path, 4, Recorder(30)).save_checkpoint(path)
+    fit(digits_module(), tmp_path, 3, Recorder(30)).save_checkpoint(path)  # at 36 images, where 30 are passed
     recorder = Recorder(30)
-    fit(digits_module(), tmp_path, 7, recorder, resume=path)
-    assert recorder.moments == [60, 84]
+    fit(digits_module(), tmp_path, 6, recorder, resume=path)
+    assert recorder.moments == [60, 72]
     finished = Recorder(30)
-    fit(digits_module(), tmp_path, 4, finished, resume=path)  # nothing is left to do
+    fit(digits_module(), tmp_path, 3, finished, resume=path)  # nothing is left to do
     assert finished.moments == []
 
 

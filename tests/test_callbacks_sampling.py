@@ -75,7 +75,7 @@ def test_columns_are_at_least_one():
 
 
 def curve(folder: Path, every: int | None = 12, **arguments: Any) -> QualityCurve:
-    settings = {"n": 80, "sampler": FEW_STEPS, "batch_size": 16, "cache": str(folder / "cache")}
+    settings: dict[str, Any] = {"n": 80, "sampler": FEW_STEPS, "batch_size": 16, "cache": str(folder / "cache")}
     return QualityCurve(every, **settings | arguments)
 
 

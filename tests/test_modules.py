@@ -62,6 +62,14 @@ def test_labels_are_dropped_sample_by_sample_at_the_stated_rate():
     assert ((small.sum(1) > 0) & (small.sum(1) < 64)).all()  # never a whole batch
 
 
+def test_times_noise_and_dropped_labels_are_independent():
+    eps, t, labels = rank_of(digits_module(label_drop=0.5))._draw(5000, torch.zeros(5000, dtype=torch.int64))
+    draws = torch.stack([eps[:, 0, 0, 0], eps.flatten(1).mean(1), t, (labels == 10).float()])
+    off_diagonal = torch.corrcoef(draws) - torch.eye(4)
+    off_diagonal[0, 1] = off_diagonal[1, 0] = 0  # a pixel and the mean that it is part of
+    assert off_diagonal.abs().max() < 0.06  # standard error 0.014
+
+
 @pytest.mark.parametrize(("drop", "expected"), [(0.0, [0, 1, 2]), (1.0, [10, 10, 10])])
 def test_labels_are_never_or_always_dropped(drop, expected):
     module = rank_of(digits_module(label_drop=drop))

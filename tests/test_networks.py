@@ -18,7 +18,7 @@ def awake(net: nn.Module) -> nn.Module:
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=g)
+            parameter.add_(torch.randn(parameter.shape, generator=g), alpha=0.05)
     return net.eval()
 
 
@@ -89,6 +89,19 @@ def test_every_input_matters_and_every_weight_learns(make, shape):
     out.square().sum().backward()
     # DistributedDataParallel waits for ever for a gradient that does not come
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("channels", [16, 32, 48, 128])
+def test_even_the_widest_level_sees_time_and_label(channels):
+    """With one channel per group, normalisation would take out again what the embedding adds to a channel."""
+    net = awake(UNet(IMAGE, 5, channels, multipliers=(1,), blocks=1, attention=(), head_channels=16))
+    x, t = batch(IMAGE)
+    labels = torch.tensor([0, 1, 4, 5])
+    for other in (net(x, t * 0.9, labels), net(x, t, labels.flip(0))):
+        assert (other - net(x, t, labels)).flatten(1).norm(dim=1).min() > 1e-3
+    norms = [m for m in net.modules() if isinstance(m, nn.GroupNorm)]
+    assert all(m.num_channels >= 4 * m.num_groups for m in norms)
+    assert all(m.num_groups == 32 for m in norms if channels == 128)
 
 
 @each_network

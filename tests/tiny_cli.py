@@ -1,6 +1,7 @@
 """The training command, small enough for a test: an MLP on two points, run in this process."""
 
 import contextlib
+import csv
 import io
 import json
 from pathlib import Path
@@ -72,3 +73,9 @@ def train(folder: Path, *args: str) -> Outcome:
 def runs_in(folder: Path) -> list[str]:
     """The names of all run folders."""
     return sorted(path.name for path in (folder / "runs").glob("*"))
+
+
+def metrics_of(run: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

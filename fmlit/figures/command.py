@@ -1,0 +1,93 @@
+"""``scripts/figures.py``: the pictures of the course, and the table of solver errors."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from fmlit.checkpoints import load_model
+from fmlit.commands import Names, find_checkpoint, new_file
+from fmlit.figures import images, memorisation, odes, picard, plane, sdes, solver_table, style, two_points
+from fmlit.figures.oracle import checkerboard, exact_model
+from fmlit.generative import GenerativeModel
+
+EXACT: dict[str, Callable[[], Figure]] = {
+    "trajectory_field_ode": odes.trajectory_field_ode,
+    "flow": odes.flow,
+    "linear_ode": odes.linear_ode,
+    "picard_lindeloef": picard.picard_lindeloef,
+    "brownian_paths": sdes.brownian_paths,
+    "linear_sde": sdes.linear_sde,
+    "two_points": two_points.two_points,
+    "plane_fields": plane.plane_fields,
+    "plane_simulations": plane.plane_simulations,
+    "gaussian_to_data": plane.gaussian_to_data,
+    "noising": images.noising,
+}
+TRAINED: dict[str, Callable[[GenerativeModel], Figure]] = {
+    "sampling_trajectories": images.sampling_trajectories,
+    "digits_as_diracs": memorisation.digits_as_diracs,
+}
+ANIMATED = "gaussian_to_data.gif"
+PICTURES = (*(f"{name}.png" for name in (*EXACT, *TRAINED)), ANIMATED)
+
+
+def figures(
+    out: str = "docs/figures", only: Names | None = None, checkpoint: str | None = None, table: str | None = None
+) -> dict[str, Any]:
+    """Draw the pictures of docs/course.md from the code itself, or write the table of solver errors.
+
+    Args:
+        out: Folder for the pictures; those of the same name are replaced.
+        only: Some of the pictures, by file name: flow.png,gaussian_to_data.gif.
+        checkpoint: A model of the digits, file or run folder (python scripts/train.py makes one in two minutes). The
+            pictures of a trained model are drawn where it is given, and the table gets a part for it.
+        table: Write the errors of all solvers at 5, 10, 20 and 50 evaluations into this .md file, and draw no pictures.
+            Takes minutes for the exact field, and half an hour on one core for the quickstart's network.
+    """
+    source = None if checkpoint is None else find_checkpoint(checkpoint)
+    if table is not None:
+        if only is not None:
+            raise ValueError("only chooses pictures, and table draws none: leave one of them out")
+        return _write_table(new_file(table, ".md"), source)
+    drawable = [name for name in PICTURES if source is not None or Path(name).stem not in TRAINED]
+    chosen = list(only or drawable)
+    for name in chosen:
+        if name not in PICTURES:
+            raise ValueError(f"only: there is no picture {name}; choose from {', '.join(PICTURES)}")
+        if name not in drawable:
+            raise ValueError(f"only: {name} shows a trained model; give --checkpoint")
+    model = None if source is None else load_model(source)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        draw(name, folder, model)
+        print(folder / name, file=sys.stderr, flush=True)
+    return {"folder": out, "pictures": chosen, "left_out": [name for name in PICTURES if name not in chosen]}
+
+
+def draw(name: str, folder: Path, model: GenerativeModel | None = None) -> None:
+    """Draw the picture of this file name into a folder."""
+    path, stem = folder / name, Path(name).stem
+    if name == ANIMATED:
+        style.save_gif(plane.gaussian_to_data_frames(), path, seconds=4)
+    elif stem in EXACT:
+        style.save_png(EXACT[stem](), path)
+    else:
+        assert model is not None
+        style.save_png(TRAINED[stem](model), path)
+
+
+def _write_table(file: Path, checkpoint: Path | None) -> dict[str, Any]:
+    targets = {"The exact field of a mixture: 128 Gaussians on a checkerboard": exact_model(checkerboard(4))}
+    if checkpoint is not None:
+        model = load_model(checkpoint)
+        targets[f"A trained network: {type(model.net).__name__} for data of shape {model.shape}"] = model
+    tables = [
+        solver_table.error_table(model, title, report=lambda line: print(line, file=sys.stderr, flush=True))
+        for title, model in targets.items()
+    ]
+    file.write_text(solver_table.page(tables), encoding="utf-8")
+    return {"table": str(file), "best": {made.title: made.best() for made in tables}}

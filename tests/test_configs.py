@@ -1,0 +1,81 @@
+"""Every recipe that ships builds as it stands, says what it is, and keeps to the style."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_cli import CONFIGS
+
+from fmlit import cli
+from fmlit.loggers import MetricsFile, WandbLogger
+from fmlit.parsing import LINKS
+
+RECIPES = sorted(CONFIGS.glob("*.yaml"))
+
+# Parameters of the networks, where the field's are known: torchcfm's U-Net for CIFAR-10.
+PARAMETERS = {"cifar10_flow": 35_746_307, "cifar10_score": 35_746_307}
+
+
+def names(value: Any) -> list[str]:
+    """All keys at any depth."""
+    if not isinstance(value, dict):
+        return []
+    return [*value, *(name for inner in value.values() for name in names(inner))]
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def test_the_promised_recipes_are_there() -> None:
+    expected = {"quickstart", "mnist_flow", "mnist_score", "cifar10_flow", "cifar10_score"}
+    assert expected <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_builds_with_one_config_and_nothing_else(path: Path, tmp_path: Path) -> None:
+    """Model, data, callbacks, loggers and trainer; nothing is downloaded, read or started by that."""
+    content = yaml.safe_load(path.read_text())
+    built = cli.TrainingCLI(["--config", str(path), "--runs", str(tmp_path)])
+    assert built.run_folder == tmp_path / path.stem
+    assert type(built.model).__name__ == content["model"]["class_path"].rpartition(".")[2]
+    assert built.model.model.shape == built.datamodule.shape
+    conditional = content["model"]["init_args"].get("conditional", False)
+    assert built.model.model.num_classes == (built.datamodule.num_classes if conditional else None)
+    assert built.model.images == content["images"]
+    assert built.trainer.max_steps == math.ceil(content["images"] / built.datamodule.batch_size)
+    assert isinstance(built.trainer.loggers[0], MetricsFile)
+    if path.stem in PARAMETERS:
+        assert sum(p.numel() for p in built.model.model.net.parameters()) == PARAMETERS[path.stem]
+
+    built.discard()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_quickstart_needs_no_account_and_the_real_recipes_name_wandb(path: Path) -> None:
+    logger = (yaml.safe_load(path.read_text()).get("trainer") or {}).get("logger") or {}
+    if path.stem.startswith(("mnist", "cifar10")):
+        assert logger["class_path"] == f"{WandbLogger.__module__}.{WandbLogger.__name__}"
+    if path.stem == "quickstart":
+        assert not logger
+
+
+def test_it_begins_with_what_it_is_and_explains_its_length(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert re.match(r"# \w.{30,}", lines[0])
+    (images,) = [line for line in lines if line.startswith("images:")]
+    assert "#" in images
+    assert max(len(line) for line in lines) <= 125
+
+
+def test_it_sets_nothing_that_belongs_to_a_launch_or_is_linked(path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    assert not {"runs", "name", "resume"} & content.keys()
+    linked = {key.split(".")[1] for key in LINKS}
+    assert not linked & set(names(content["model"]))
+    assert "seed" not in names(content["data"])
+    assert not {"devices", "accelerator", "strategy", "num_nodes"} & set(names(content.get("trainer")))

@@ -1,0 +1,92 @@
+"""Mistakes in files and in resuming: one line that names the file or the key, and nothing half-made is left."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_cli import runs_in, train
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_picture_is_named_and_no_run_is_left(tmp_path: Path, workers: int) -> None:
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    for name in ("a", "b", "c"):
+        Image.effect_noise((16, 16), 50).save(tmp_path / "pictures" / f"{name}.png")
+    broken = tmp_path / "pictures" / "b.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    outcome = train(
+        tmp_path,
+        *("--data=ImageFolder", f"--data.root={tmp_path / 'pictures'}", "--data.size=8", "--data.batch_size=3"),
+        f"--data.num_workers={workers}",
+    )
+    assert outcome.error.startswith(f"cannot read the picture {broken}")
+    assert not runs_in(tmp_path)
+
+
+@pytest.mark.parametrize("download", ["true", "false"])
+def test_truncated_mnist_is_named_and_no_run_is_left(tmp_path: Path, download: str) -> None:
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (folder / f"{part}-ubyte").write_bytes(b"\0\0\x08\x03" + bytes(100))
+    outcome = train(tmp_path, "--data=MNIST", f"--data.root={tmp_path}", f"--data.download={download}")
+    assert f"{folder / 'train-images-idx3-ubyte'} is truncated or damaged" in outcome.error
+    assert not runs_in(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("in the way")
+    assert f"cannot create a run folder in {tmp_path / 'runs'}" in train(tmp_path).error
+
+
+def test_resuming_another_model_names_the_keys_that_differ(tmp_path: Path) -> None:
+    assert train(tmp_path).code == 0
+    config = tmp_path / "runs" / "tiny" / "config.yaml"
+    before = config.read_text()
+
+    error = train(tmp_path, "--resume", "--model.net.width=16").error
+    assert error.startswith("model.net.width (8 there, 16 here): ")
+    assert str(tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt") in error
+
+    error = train(tmp_path, "--resume", "--model=ScoreMatchingModule", "--data=fmlit.data.Moons").error
+    assert "model.net.shape ([1] there, [2] here)" in error
+    assert "model.path (fmlit.paths.CondOTPath there, fmlit.paths.VPPath here)" in error
+
+    assert "keep ema.half_lives" in train(tmp_path, "--resume", "--images=640", "--ema.half_lives=[50]").error
+    assert config.read_text() == before
+    assert runs_in(tmp_path) == ["tiny"]
+
+
+def test_resuming_the_same_description_with_other_weights_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the network's class was changed between the runs: no 20 lines of Lightning's."""
+    assert train(tmp_path).code == 0
+    from fmlit.networks import MLP
+
+    monkeypatch.setattr(MLP, "__init__", _with_another_layer(MLP.__init__))
+    error = train(tmp_path, "--resume").error
+    assert error.startswith("model.net.extra.weight (nothing there, [2, 2] here), model.net.extra.bias")
+
+
+def _with_another_layer(original):
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.extra = torch.nn.Linear(2, 2)
+
+    return init
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resuming_without_a_checkpoint_that_verifies_says_so(tmp_path: Path) -> None:
+    assert train(tmp_path).code == 0
+    checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
+    for path in checkpoints.glob("*.ckpt"):
+        if not path.is_symlink():
+            path.write_bytes(path.read_bytes()[:-1000])
+    assert train(tmp_path, "--resume").error.startswith(f"no usable checkpoint in {checkpoints}")
+    assert runs_in(tmp_path) == ["tiny"]

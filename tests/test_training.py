@@ -1,0 +1,174 @@
+"""Whole training runs: that they learn, that they go on as if nothing had been, and that nothing disturbs them."""
+
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from small_runs import Memory, digits_module, fit, same, tiny_unet, weights
+
+from fmlit.callbacks import EMA, Checkpoint, QualityCurve, SampleGrid, TrainingLog
+from fmlit.checkpoints import load, load_model
+from fmlit.data import Digits, Moons, TwoPoints
+from fmlit.mixtures import GaussianMixture
+from fmlit.modules import GenerativeModule, ScoreMatchingModule
+from fmlit.networks import MLP
+from fmlit.paths import CosinePath
+from fmlit.predictions import Score
+from fmlit.randomness import image_seeds
+from fmlit.samplers import ODESampler, SDESampler
+
+FEW_STEPS = ODESampler("euler", 4)
+with_dropout = partial(tiny_unet, dropout=0.5)
+
+
+class State(pl.Callback):
+    """The weights before each step."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.weights.append(weights(pl_module))
+
+
+def everything(folder: Path, **arguments) -> list[pl.Callback]:
+    """All that acts while training."""
+    curve = QualityCurve(36, 80, metrics=("fid",), sampler=FEW_STEPS, batch_size=40, cache=str(folder / "cache"))
+    stochastic = SampleGrid(24, SDESampler(steps=4), columns=2)
+    return [EMA([100, 40]), stochastic, curve, Checkpoint(24, **arguments), TrainingLog()]
+
+
+def assert_same_end(a: tuple[pl.Trainer, GenerativeModule], b: tuple[pl.Trainer, GenerativeModule]) -> None:
+    """Weights, averages, optimiser, learning rate and clock agree in every bit."""
+    (trainer, module), (other_trainer, other) = a, b
+    assert same(weights(module), weights(other))
+    optimizers = [t.optimizers[0].state_dict() for t in (trainer, other_trainer)]
+    torch.testing.assert_close(*optimizers, rtol=0, atol=0)
+    assert module.images_seen == other.images_seen
+    assert trainer.global_step == other_trainer.global_step
+    averages = [[c.averaged_weights() for c in t.callbacks if isinstance(c, EMA)] for t in (trainer, other_trainer)]
+    for ours, theirs in zip(*averages, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(same(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_loss_falls_on_the_digits(tmp_path):
+    logger, module = Memory(), digits_module(net=tiny_unet, learning_rate=3e-3, warmup_images=640)
+    sampler, cache = ODESampler("heun", 6), str(tmp_path / "cache")
+    curve = QualityCurve(64 * 50, 200, metrics=("fid",), sampler=sampler, batch_size=100, cache=cache)
+    fit(module, tmp_path, 100, EMA([2000]), curve, TrainingLog(), logger=logger, data=Digits(64), log_every_n_steps=20)
+    losses = [row["loss"] for row in logger.rows if "loss" in row]
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 1.0  # about the variance of the target, 1.4, at first
+    assert losses[-1] < 0.7
+    distances = [row["fd_pixels_200"] for row in logger.rows if "fd_pixels_200" in row]
+    assert distances[1] < 0.8 * distances[0] < 8
+
+
+def test_a_score_network_learns_the_score(tmp_path):
+    """Of two points, whose exact score is known: |beta (s - s*)|^2 against |beta s*|^2."""
+    net = partial(MLP, width=64, depth=2)
+    arguments = {"shape": (1,), "num_classes": None, "conditional": False, "learning_rate": 3e-3}
+    module = digits_module(ScoreMatchingModule, net, prediction=Score(), path=CosinePath(), **arguments)
+    ema = EMA([5000], ramp=0.2)
+    fit(module, tmp_path, 300, ema, data=TwoPoints(batch_size=128))
+    model, exact, g = ema.model(module), GaussianMixture([[-2.0], [2.0]], 0.0), torch.Generator().manual_seed(1)
+    t = 0.001 + 0.998 * torch.rand(2000, generator=g)
+    x = model.path.sample(exact.sample(2000, g), torch.randn(2000, 1, generator=g), t)
+    beta, truth = model.path.beta(t)[:, None], exact.score(x, model.path, t)
+    with torch.no_grad():
+        error = (beta * (model.score(x, t) - truth)).square().mean()
+    assert error < 0.15 * (beta * truth).square().mean()
+    for sampler in (ODESampler(), SDESampler(steps=60)):
+        samples = sampler.sample(model, image_seeds(0, range(200))).flatten()
+        assert ((samples.abs() - 2).abs() < 0.3).float().mean() > 0.85
+        assert 0.35 < (samples > 0).float().mean() < 0.65
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(accumulate, tmp_path):
+    """With dropout, warm-up and decay; interrupted at a checkpoint of the callback's and at the end of a short run."""
+
+    def module() -> GenerativeModule:
+        return digits_module(net=with_dropout, warmup_images=60, decay="cosine", images=144)
+
+    def run(folder: Path, steps: int, resume: Path | None = None) -> tuple[pl.Trainer, GenerativeModule]:
+        trained = module()
+        callbacks = everything(tmp_path, keep=9)
+        return fit(trained, folder, steps, *callbacks, resume=resume, accumulate_grad_batches=accumulate), trained
+
+    whole = run(tmp_path / "whole", 12)
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    assert_same_end(run(tmp_path / "resumed", 12, checkpoints / "000000072.ckpt"), whole)
+    run(tmp_path / "short", 5)
+    assert_same_end(run(tmp_path / "long", 12, tmp_path / "short" / "checkpoints" / "last.ckpt"), whole)
+
+
+def test_a_run_is_resumed_in_the_middle_of_an_epoch_and_over_its_end(tmp_path):
+    """35 points in batches of 12: a batch that spans two epochs is where a sampler would lose its place."""
+
+    def run(steps: int, resume: Path | None = None) -> tuple[pl.Trainer, GenerativeModule]:
+        module = digits_module(shape=(2,), num_classes=None, conditional=False)
+        return fit(module, tmp_path, steps, EMA([50]), data=Moons(35, 12), resume=resume), module
+
+    whole = run(9)
+    for steps in (2, 3, 7):
+        run(steps)[0].save_checkpoint(tmp_path / "a.ckpt")
+        assert_same_end(run(9, tmp_path / "a.ckpt"), whole)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_nothing_that_acts_changes_the_trajectory(averaged, tmp_path):
+    """With dropout: samples of the trained weights themselves would show it, and callbacks that draw random numbers."""
+    plain, watched = digits_module(net=with_dropout), digits_module(net=with_dropout)
+    alone, disturbed = State(), State()
+    trainers = [
+        fit(plain, tmp_path / "plain", 8, alone),
+        fit(watched, tmp_path / "watched", 8, *everything(tmp_path)[not averaged :], disturbed),
+    ]
+    assert len(alone.weights) == len(disturbed.weights) == 8
+    assert all(same(a, b) for a, b in zip(alone.weights, disturbed.weights, strict=True))
+    assert same(weights(plain), weights(watched))
+    torch.testing.assert_close(*[t.optimizers[0].state_dict() for t in trainers], rtol=0, atol=0)
+    assert [m.training for m in plain.modules()] == [m.training for m in watched.modules()]
+
+
+def test_a_checkpoint_becomes_the_model_that_was_trained(tmp_path):
+    module, ema = digits_module(net=with_dropout), EMA([100, 40])
+    fit(module, tmp_path, 6, ema, Checkpoint(36))
+    path, seeds, labels = tmp_path / "checkpoints" / "last.ckpt", image_seeds(3, range(4)), torch.arange(4)
+    for name, model in {"ema": ema.model(module), "ema_40": ema.model(module, "ema_40"), "raw": module.model}.items():
+        loaded = load_model(path, name)
+        assert torch.equal(FEW_STEPS.sample(loaded, seeds, labels), FEW_STEPS.sample(model, seeds, labels))
+    assert load(path)["images_seen"] == 72
+
+
+class Norms(pl.Callback):
+    """The norm of all gradients before clipping, and of those that the optimiser saw."""
+
+    def __init__(self) -> None:
+        self.before: list[float] = []
+        self.used: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.before.append(self.norm(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.used.append(self.norm(pl_module))
+
+    def norm(self, module: GenerativeModule) -> float:
+        return torch.stack([p.grad.norm() for p in module.parameters()]).norm().item()
+
+
+def test_gradients_are_clipped_and_weights_stay_float32_in_mixed_precision(tmp_path):
+    module, norms, seen = digits_module(), Norms(), []
+    module.model.net.outputs[1].register_forward_hook(lambda net, inputs, output: seen.append(output.dtype))
+    settings = {"precision": "bf16-mixed", "gradient_clip_val": 0.1}
+    fit(module, tmp_path, 3, EMA(), norms, SampleGrid(12, FEW_STEPS), **settings)
+    assert seen == ([torch.bfloat16] + [torch.float32] * 4) * 3  # the average, whose copy holds the hook too, samples
+    assert min(norms.before) > 0.2
+    assert norms.used == pytest.approx([0.1] * 3, rel=1e-4)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
