@@ -9,36 +9,12 @@ from typing import Any
 import torch
 
 import fmlit
-from fmlit import checkpoints, descriptions
-from fmlit.commands import Names, find_checkpoint, folder_of_run, new_folder
+from fmlit import descriptions
 from fmlit.generative import GenerativeModel
 from fmlit.networks import TIME_SCALE, UNet
 from fmlit.predictions import Velocity
 
 WEIGHTS, DESCRIPTION, DIFFUSERS = "model.safetensors", "model.json", "diffusers"
-
-
-def export(checkpoint: str, weights: str = "ema", out: str | None = None, trust: Names = Names()) -> dict[str, Any]:
-    """Write a trained model into a folder, for others to use without the checkpoint.
-
-    The folder holds model.safetensors and model.json, from which fmlit.export.load builds the model, a README, and for
-    a UNet the folder diffusers/, which diffusers.UNet2DModel.from_pretrained loads. The last line of output is JSON.
-
-    Args:
-        checkpoint: A checkpoint, or the folder of a run.
-        weights: ema for the first average, raw for the trained weights, or the name of an average.
-        out: The folder, which must be new; by default export/ in the run folder.
-        trust: Packages besides fmlit whose classes the checkpoint may name.
-    """
-    file = find_checkpoint(checkpoint)
-    folder = Path(out) if out else folder_of_run(file) / "export"
-    model = checkpoints.load_model(file, weights, trust)
-    images_seen = checkpoints.load(file).get("images_seen")
-    with new_folder(folder) as partial:
-        save(model, partial, {"weights": weights, "images_seen": images_seen})
-        written = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
-    parameters = sum(parameter.numel() for parameter in model.net.parameters())
-    return {"folder": str(folder), "weights": weights, "parameters": parameters, "files": written}
 
 
 def save(model: GenerativeModel, folder: Path, origin: dict[str, Any] | None = None) -> None:

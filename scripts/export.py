@@ -2,8 +2,8 @@
 
 import sys
 
-from fmlit.commands import run
-from fmlit.export import export
+from fmlit.commands.export import export
+from fmlit.commands.options import run
 
 if __name__ == "__main__":
     run(export, sys.argv[1:])

@@ -2,7 +2,7 @@
 
 import sys
 
-from fmlit.commands import run
+from fmlit.commands.options import run
 from fmlit.figures.command import figures
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 import sys
 
-from fmlit.commands import run
-from fmlit.sampling import sample
+from fmlit.commands.options import run
+from fmlit.commands.sample import sample
 
 if __name__ == "__main__":
     run(sample, sys.argv[1:])

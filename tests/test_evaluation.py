@@ -14,17 +14,18 @@ import torch
 from known_model import STD, known_model, save_run
 from PIL import Image
 
-from fmlit import cells, likelihood, reports, scoring
-from fmlit.commands import Integers, Names, Numbers, run
+from fmlit import likelihood
+from fmlit.commands.evaluate import evaluate
+from fmlit.commands.options import Integers, Names, Numbers, run
 from fmlit.data import Digits, ImageFolder, TwoPoints
 from fmlit.data.datasets import InMemoryDataset
-from fmlit.evaluation import evaluate
-from fmlit.imagefiles import read_images, save_npz, save_pngs
+from fmlit.data.imagefiles import read_images, save_npz, save_pngs
+from fmlit.evaluation import cells, reports, scoring
+from fmlit.evaluation.scoring import Scorer, choose_features, nearest_in
 from fmlit.metrics import GaussianStatistics, PixelFeatures, frechet_distance
 from fmlit.paths import CondOTPath, VPPath
 from fmlit.randomness import training_generator
 from fmlit.samplers import ODESampler, generate
-from fmlit.scoring import Scorer, choose_features, nearest_in
 from fmlit.tensors import to_uint8
 from fmlit.times import UniformGrid
 

@@ -14,7 +14,8 @@ from known_model import known_model, save_run
 
 from fmlit import export, solvers
 from fmlit.checkpoints import load_model
-from fmlit.commands import run
+from fmlit.commands.export import export as export_command
+from fmlit.commands.options import run
 from fmlit.data import Digits
 from fmlit.generative import GenerativeModel
 from fmlit.networks import UNet
@@ -69,7 +70,7 @@ def test_the_script_writes_a_folder_that_both_libraries_load(checkpoint, tmp_pat
 def test_the_description_says_where_it_comes_from(checkpoint, tmp_path):
     stored = {}
     for weights in ("ema", "raw"):
-        export.export(checkpoint, weights, str(tmp_path / weights))
+        export_command(checkpoint, weights, str(tmp_path / weights))
         stored[weights] = export.load(tmp_path / weights).net.state_dict()
         described = json.loads((tmp_path / weights / "model.json").read_text())
         assert (described["weights"], described["images_seen"]) == (weights, 1280)
@@ -129,12 +130,12 @@ def test_a_folder_is_written_as_a_whole_or_not_at_all(checkpoint, tmp_path, monk
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").touch()
     with pytest.raises(SystemExit) as stopped:
-        run(export.export, ["--checkpoint", checkpoint, "--out", str(tmp_path / "taken")])
+        run(export_command, ["--checkpoint", checkpoint, "--out", str(tmp_path / "taken")])
     assert stopped.value.code == 2
     assert "taken exists already: remove it, or choose another name" in capsys.readouterr().err
     monkeypatch.setattr(export, "readme", lambda model: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        export.export(checkpoint, out=str(tmp_path / "new"))
+        export_command(checkpoint, out=str(tmp_path / "new"))
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine"]
 
 

@@ -33,6 +33,7 @@ FLOORS = {
     "fmlit.data": 4,
     "fmlit.descriptions": 4,
     "fmlit.checkpoints": 4,
+    "fmlit.export": 4,
     "fmlit.modules": 4,
     "fmlit.callbacks": 4,
 }

@@ -11,10 +11,11 @@ import torch
 from known_model import STD, known_model, save_run
 from PIL import Image
 
-from fmlit import sampling
-from fmlit.commands import Integers, Names, build_sampler, new_folder, run
+from fmlit.commands import sample as sampling
+from fmlit.commands.options import Integers, Names, build_sampler, run
 from fmlit.data import ImageFolder, TwoPoints
 from fmlit.dynamics import BetaDiffusion, ConstantDiffusion
+from fmlit.outputs import new_folder
 from fmlit.randomness import image_noise, image_seeds
 from fmlit.tensors import to_uint8
 from fmlit.times import UniformGrid

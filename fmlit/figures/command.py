@@ -8,10 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fmlit.checkpoints import load_model
-from fmlit.commands import Names, find_checkpoint, new_file
+from fmlit.commands.options import Names, find_checkpoint
 from fmlit.figures import images, memorisation, odes, picard, plane, sdes, solver_table, style, two_points
 from fmlit.figures.oracle import checkerboard, exact_model
 from fmlit.generative import GenerativeModel
+from fmlit.outputs import new_file
 
 EXACT: dict[str, Callable[[], Figure]] = {
     "trajectory_field_ode": odes.trajectory_field_ode,

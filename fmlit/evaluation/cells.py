@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fmlit.commands import new_folder, progress
+from fmlit.data.imagefiles import read_images, save_pngs
 from fmlit.descriptions import describe
+from fmlit.evaluation.reports import Record
+from fmlit.evaluation.scoring import Scorer, beside_neighbours, bits_per_dimension, nearest_in
 from fmlit.generative import GenerativeModel
-from fmlit.imagefiles import read_images, save_pngs
 from fmlit.metrics.features import weights_digest
+from fmlit.outputs import new_folder, progress
 from fmlit.pictures import image_grid
 from fmlit.randomness import image_seeds
-from fmlit.reports import Record
 from fmlit.samplers import Sampler, SDESampler, balanced_labels, generate
-from fmlit.scoring import Scorer, beside_neighbours, bits_per_dimension, nearest_in
 from fmlit.tensors import to_uint8
 
 NEIGHBOURS = 7  # training images beside each sample

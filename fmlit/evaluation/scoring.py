@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fmlit import likelihood, solvers
-from fmlit.commands import progress
 from fmlit.data import DataModule
 from fmlit.data.datasets import LabelledDataset
 from fmlit.generative import GenerativeModel
@@ -28,6 +27,7 @@ from fmlit.metrics import (
 from fmlit.metrics.protocol import count_label
 from fmlit.metrics.quality import Metric
 from fmlit.metrics.ranks import Ranks
+from fmlit.outputs import progress
 from fmlit.randomness import training_generator
 from fmlit.samplers import evaluation_mode, guided_velocity
 from fmlit.tensors import expand_time

@@ -4,20 +4,17 @@ import inspect
 import json
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 from jsonargparse.typing import register_type
-from rich.console import Console
-from rich.progress import track
 
 from fmlit import checkpoints, descriptions, errors
 from fmlit.data import DataModule
@@ -26,8 +23,6 @@ from fmlit.metrics.ranks import Ranks
 from fmlit.parsing import Parser
 from fmlit.samplers import ODEMethod, ODESampler, Sampler, SDEMethod, SDESampler
 from fmlit.times import Grid
-
-T = TypeVar("T")
 
 
 class Integers(tuple[int, ...]):
@@ -161,55 +156,3 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     finally:
         if joined:
             dist.destroy_process_group()
-
-
-def progress(batches: Iterable[T], total: int, what: str, shown: bool = True) -> Iterator[T]:
-    """The batches, with a bar beneath them if this is a terminal."""
-    shown = shown and sys.stderr.isatty()
-    yield from track(batches, what, total, console=Console(stderr=True), transient=True, disable=not shown)
-
-
-@contextmanager
-def new_folder(path: Path, ranks: Ranks = Ranks()) -> Iterator[Path]:
-    """A folder to fill, by all ranks; it appears under its name when the block ends, and not at all if that fails.
-
-    Raises:
-        ValueError: there is something of that name already, other than an empty folder.
-        OSError: it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-
-    def begin() -> None:
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise ValueError(f"{path} exists already: remove it, or choose another name")
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
-        partial.mkdir(parents=True)
-
-    def end() -> None:
-        partial.replace(path)
-
-    ranks.from_first(begin)
-    try:
-        with ranks.failing_together():
-            yield partial
-        ranks.from_first(end)
-    except BaseException:
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def new_file(path: str, *endings: str) -> Path:
-    """A path that can be written, looked at before the work rather than after it; its folder is made.
-
-    Raises:
-        ValueError: it does not end in one of ``endings``.
-        OSError: its folder cannot be made or written.
-    """
-    file = Path(path)
-    if file.suffix.lower() not in endings:
-        raise ValueError(f"{path} must end in {' or '.join(endings)}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(file.parent, os.W_OK) or file.is_dir():
-        raise OSError(f"cannot write {path}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")
-    return file

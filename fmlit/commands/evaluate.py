@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fmlit import checkpoints, reports
-from fmlit.cells import Cell, ModelCells, images_cell
-from fmlit.commands import (
+from fmlit import checkpoints
+from fmlit.commands.options import (
     Integers,
     Names,
     Numbers,
@@ -20,10 +19,12 @@ from fmlit.commands import (
 )
 from fmlit.data import DataModule
 from fmlit.dynamics import Diffusion
+from fmlit.evaluation import reports
+from fmlit.evaluation.cells import Cell, ModelCells, images_cell
+from fmlit.evaluation.reports import Record, Results
+from fmlit.evaluation.scoring import METRICS, Scorer, choose_features
 from fmlit.metrics import Features
 from fmlit.metrics.ranks import Ranks
-from fmlit.reports import Record, Results
-from fmlit.scoring import METRICS, Scorer, choose_features
 from fmlit.times import Grid
 
 

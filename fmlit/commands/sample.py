@@ -12,19 +12,11 @@ from torch import Tensor
 
 from fmlit import checkpoints
 from fmlit.checkpoints import replacing
-from fmlit.commands import (
-    Names,
-    build_sampler,
-    choose_device,
-    find_checkpoint,
-    new_file,
-    new_folder,
-    progress,
-    training_data,
-)
+from fmlit.commands.options import Names, build_sampler, choose_device, find_checkpoint, training_data
+from fmlit.data.imagefiles import save_npz, save_pngs
 from fmlit.dynamics import Diffusion
 from fmlit.generative import GenerativeModel
-from fmlit.imagefiles import save_npz, save_pngs
+from fmlit.outputs import new_file, new_folder, progress
 from fmlit.pictures import draw_samples, image_grid
 from fmlit.randomness import image_seeds
 from fmlit.samplers import generate

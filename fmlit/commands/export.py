@@ -1,0 +1,32 @@
+"""``scripts/export.py``: a trained model for others to use without its checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+from fmlit import checkpoints
+from fmlit.commands.options import Names, find_checkpoint, folder_of_run
+from fmlit.export import save
+from fmlit.outputs import new_folder
+
+
+def export(checkpoint: str, weights: str = "ema", out: str | None = None, trust: Names = Names()) -> dict[str, Any]:
+    """Write a trained model into a folder, for others to use without the checkpoint.
+
+    The folder holds model.safetensors and model.json, from which fmlit.export.load builds the model, a README, and for
+    a UNet the folder diffusers/, which diffusers.UNet2DModel.from_pretrained loads. The last line of output is JSON.
+
+    Args:
+        checkpoint: A checkpoint, or the folder of a run.
+        weights: ema for the first average, raw for the trained weights, or the name of an average.
+        out: The folder, which must be new; by default export/ in the run folder.
+        trust: Packages besides fmlit whose classes the checkpoint may name.
+    """
+    file = find_checkpoint(checkpoint)
+    folder = Path(out) if out else folder_of_run(file) / "export"
+    model = checkpoints.load_model(file, weights, trust)
+    images_seen = checkpoints.load(file).get("images_seen")
+    with new_folder(folder) as partial:
+        save(model, partial, {"weights": weights, "images_seen": images_seen})
+        written = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
+    parameters = sum(parameter.numel() for parameter in model.net.parameters())
+    return {"folder": str(folder), "weights": weights, "parameters": parameters, "files": written}

@@ -1,0 +1,1 @@
+"""Scores of models and of anybody's images: how they are found, kept and shown."""
