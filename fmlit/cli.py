@@ -182,7 +182,7 @@ class TrainingCLI(LightningCLI):
         check_launch(trainer.world_size)
         self.datamodule.trainer = trainer
         try:
-            self.datamodule._share()
+            self.datamodule.share()
         except ValueError as error:
             raise ValueError(f"data.{error}") from error
 

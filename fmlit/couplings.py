@@ -13,7 +13,13 @@ MAX_GROUP_SIZE = 16_384  # 2 GiB of costs; the time, cubic in the size, is then 
 
 
 class Coupling(ABC):
-    """Reorders a batch of noise, so that row i is trained with data point i."""
+    """Reorders a batch of noise, so that row i is trained with data point i.
+
+    Attributes:
+        across_ranks: whether it wants the global micro-batch of all ranks at once, rather than each rank's slice.
+    """
+
+    across_ranks: bool = False
 
     @abstractmethod
     def __call__(self, z: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -39,10 +45,12 @@ class OptimalTransportCoupling(Coupling):
     without ``within_class`` noise tells the class, which spoils conditional generation.
 
     Groups are consecutive slices of the batch, the last one possibly shorter: coupling a global batch, or the slices of
-    it that ranks hold, gives the same pairs as long as each slice is a whole number of groups.
+    it that ranks hold, gives the same pairs as long as each slice is a whole number of groups; with ``across_ranks``
+    always. The mean squared distance of the pairs is logged as ``transport_cost``, beside that of independent ones.
 
     Args:
         group_size: points that are assigned together; the assignment takes O(group_size^3) on the CPU.
+        across_ranks: let groups span processes: each gathers the whole micro-batch and makes all assignments itself.
         within_class: assign only among equal labels where labels are given. A dropped label is a class of its own.
 
     Raises:
@@ -51,6 +59,7 @@ class OptimalTransportCoupling(Coupling):
 
     group_size: int = 256
     within_class: bool = True
+    across_ranks: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size < 2:

@@ -1,6 +1,7 @@
 """The LightningModules: a ``GenerativeModel``, its optimiser, and one training step. The formulas are in floor 1."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from fmlit import randomness
-from fmlit.couplings import Coupling, IndependentCoupling
+from fmlit.couplings import Coupling, IndependentCoupling, transport_cost
 from fmlit.data.base import DataModule
 from fmlit.descriptions import describe
 from fmlit.generative import GenerativeModel
@@ -23,7 +24,7 @@ NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
 Decay = Literal["constant", "linear", "cosine"]
 
 
-class GenerativeModule(pl.LightningModule):
+class GenerativeModule(pl.LightningModule, ABC):
     """Trains a ``GenerativeModel``; subclasses choose the objective.
 
     Every draw of a step (times, noise, dropped labels) is made for the global batch from generators keyed by
@@ -86,9 +87,9 @@ class GenerativeModule(pl.LightningModule):
         self.seed = seed
         self.images_seen = 0
 
+    @abstractmethod
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of each sample, (B,)."""
-        raise NotImplementedError
 
     def time_limits(self) -> Limits:
         """The times at which the loss is finite."""
@@ -96,17 +97,21 @@ class GenerativeModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         z, labels = batch["data"], batch["labels"] if self.model.num_classes is not None else None
-        eps, t, labels = self._draw(len(z), labels)
-        eps = self.coupling(z, eps, labels)
+        drawn, t, labels = self._draw(len(z), labels)
+        eps = self._couple(z, drawn, labels)
         torch.manual_seed(randomness.key(self.seed, self.images_seen, "dropout", self.global_rank))
         losses = self.loss(z, eps, t, labels)
         self.images_seen += len(z) * self.trainer.world_size
-        return {"loss": losses.mean(), "losses": losses.detach(), "times": t}
+        outputs = {"loss": losses.mean(), "losses": losses.detach(), "times": t}
+        if eps is not drawn:
+            outputs["transport_cost"] = transport_cost(z, eps)
+            outputs["transport_cost_independent"] = transport_cost(z, drawn)
+        return outputs
 
     def _draw(self, size: int, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """This rank's slice of the global batch's noise, times, and labels after dropping."""
         total = size * self.trainer.world_size
-        mine = slice(self.global_rank * size, (self.global_rank + 1) * size)
+        mine = self._slice(size)
 
         def generator(stream: str) -> torch.Generator:
             return randomness.training_generator(self.seed, self.images_seen, stream, self.device)
@@ -117,6 +122,23 @@ class GenerativeModule(pl.LightningModule):
             dropped = torch.rand(total, generator=generator("labels"), device=self.device)[mine] < self.label_drop
             labels = torch.where(dropped, self.model.null_label, labels)  # type: ignore[arg-type]  # there are classes
         return eps, t, labels
+
+    def _couple(self, z: Tensor, eps: Tensor, labels: Tensor | None) -> Tensor:
+        """This rank's slice of the noise, paired with its data."""
+        if not self.coupling.across_ranks or self.trainer.world_size == 1:
+            return self.coupling(z, eps, labels)
+
+        def everywhere(x: Tensor) -> Tensor:
+            parts = [torch.empty_like(x) for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather(parts, x.contiguous())
+            return torch.cat(parts)
+
+        coupled = self.coupling(everywhere(z), everywhere(eps), None if labels is None else everywhere(labels))
+        return coupled[self._slice(len(z))]
+
+    def _slice(self, size: int) -> slice:
+        """Which rows of a global micro-batch are this rank's."""
+        return slice(self.global_rank * size, (self.global_rank + 1) * size)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(

@@ -12,10 +12,11 @@ from small_runs import Memory, digits_module, fit, names
 
 from fmlit.callbacks import EMA, Checkpoint, QualityCurve, SampleGrid
 from fmlit.checkpoints import load, verify
+from fmlit.couplings import OptimalTransportCoupling
 from fmlit.data import Moons
 from fmlit.metrics import ImageQuality
 from fmlit.randomness import image_seeds
-from fmlit.samplers import ODESampler
+from fmlit.samplers import ChurnSampler, ODESampler, SDESampler
 
 FEW_STEPS = ODESampler("euler", 4)
 
@@ -122,6 +123,23 @@ def test_a_resumed_run_knows_the_best_value_so_far(tmp_path, monkeypatch):
     assert load(tmp_path / "checkpoints" / "best.ckpt")["images_seen"] == 24
     fit(digits_module(), tmp_path, 5, curve(tmp_path, 60), resume=tmp_path / "checkpoints" / "last.ckpt")
     assert load(tmp_path / "checkpoints" / "best.ckpt")["images_seen"] == 60
+
+
+@pytest.mark.parametrize("sampler", [SDESampler(steps=2), ChurnSampler(2)])
+def test_a_score_that_the_coupling_spoils_is_refused_before_training(sampler, tmp_path):
+    module = digits_module(coupling=OptimalTransportCoupling(4))
+    said = f"{type(sampler).__name__} needs the score, which does not follow from the velocity under OptimalTransport"
+    with pytest.raises(ValueError, match=f"samples.sampler: {said}"):
+        fit(module, tmp_path, 1, SampleGrid(12, sampler))
+    with pytest.raises(ValueError, match=f"quality.sampler: {said}"):
+        fit(module, tmp_path, 1, curve(tmp_path, sampler=sampler))
+    fit(module, tmp_path, 1, SampleGrid(12, FEW_STEPS), curve(tmp_path, None, sampler=sampler))
+
+
+def test_vectors_have_no_quality_curve(tmp_path):
+    module = digits_module(shape=(2,), num_classes=None, conditional=False)
+    with pytest.raises(ValueError, match=r"quality.every: these distances are of images, and the data are vectors"):
+        fit(module, tmp_path, 1, curve(tmp_path), data=Moons(samples=100, batch_size=12))
 
 
 def test_a_curve_that_is_off_computes_no_statistics(tmp_path):

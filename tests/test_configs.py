@@ -1,10 +1,14 @@
 """Every recipe that ships builds as it stands, says what it is, and keeps to the style."""
 
+import inspect
 import math
+import pydoc
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 from tiny_cli import CONFIGS
@@ -79,3 +83,41 @@ def test_it_sets_nothing_that_belongs_to_a_launch_or_is_linked(path: Path) -> No
     assert not linked & set(names(content["model"]))
     assert "seed" not in names(content["data"])
     assert not {"devices", "accelerator", "strategy", "num_nodes"} & set(names(content.get("trainer")))
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The defaults of a constructor, inherited ones included where it passes them on."""
+    found: dict[str, Any] = {}
+    for base in reversed([base for base in inspect.getmro(cls) if "__init__" in vars(base)]):
+        found |= {name: parameter.default for name, parameter in inspect.signature(base).parameters.items()}
+    return found
+
+
+def repeated(value: Any, cls: type, key: str) -> Iterator[str]:
+    """Keys of a recipe at which it says what a signature says already."""
+    for name, given in value.items():
+        default = defaults(cls).get(name)
+        if isinstance(given, dict) and "class_path" in given:
+            inner = pydoc.locate(given["class_path"])
+            yield from repeated(given.get("init_args", {}), inner, f"{key}.{name}")
+        elif isinstance(given, str) and isinstance(pydoc.locate(given), type):
+            if type(default) is pydoc.locate(given):
+                yield f"{key}.{name}"
+        elif (list(default) if isinstance(default, tuple) else default) == given:
+            yield f"{key}.{name}"
+
+
+def test_it_holds_only_what_differs_from_the_defaults(path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    parts = {"trainer": pl.Trainer, **cli.PARTS}
+    found = [key for part in content.keys() & parts for key in repeated(content[part], parts[part], part)]
+    for part in ("model", "data"):
+        found += repeated(content[part].get("init_args", {}), pydoc.locate(content[part]["class_path"]), part)
+    assert not found
+    assert [*repeated({"keep": 2, "every": 3}, cli.PARTS["checkpoint"], "x")] == ["x.keep"]
+
+
+def test_it_gives_a_reason_for_each_number(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    bare = [line for line in lines if re.search(r"\d", line.partition(":")[2]) and "#" not in line]
+    assert not bare

@@ -27,7 +27,7 @@ def test_independent_coupling_leaves_noise_as_drawn():
     assert IndependentCoupling()(z, eps) is eps
 
 
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.sampled_from([(2,), (3, 2, 2), (4, 3)]))
 def test_assignment_is_the_best_of_all_permutations(seed, shape):
     z, eps = draw(5, shape, seed)

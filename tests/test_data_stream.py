@@ -57,7 +57,7 @@ def global_stream(world_size, accumulated, steps, images_seen=0, **arguments):
     return labels, flipped
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(0, 40), st.integers(1, 30), st.integers(-5, 5))
 def test_every_epoch_holds_every_image_once(length, start, count, seed):
     whole = TrainingOrder(length, seed).indices(0, 7 * length).reshape(7, length)

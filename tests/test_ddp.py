@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from small_runs import Memory, digits_module, fit, names, same, tiny_unet, weights
 
 from fmlit.callbacks import EMA, Checkpoint, QualityCurve, SampleGrid, TrainingLog
+from fmlit.couplings import IndependentCoupling, OptimalTransportCoupling
 from fmlit.samplers import ODESampler
 
 # Imported once, in the server from which all processes fork, and not again in each.
@@ -47,9 +48,10 @@ class Report(pl.Callback):
         torch.save(report, self.folder / f"report-{trainer.global_rank}.pt")
 
 
-def run(folder: Path, steps: int = STEPS, dropout: float = 0.0, **settings: Any) -> None:
+def run(folder: Path, steps: int = STEPS, dropout: float = 0.0, transport: bool = False, **settings: Any) -> None:
     """Train on the digits with everything that acts on the way."""
-    module = digits_module(net=functools.partial(tiny_unet, dropout=dropout))
+    coupling = OptimalTransportCoupling(12, across_ranks=True) if transport else IndependentCoupling()
+    module = digits_module(net=functools.partial(tiny_unet, dropout=dropout), coupling=coupling)
     few = ODESampler("euler", 4)
     curve = QualityCurve(120, 70, metrics=("fid",), sampler=few, batch_size=16, cache=f"{folder}/cache")
     callbacks = (
@@ -120,6 +122,18 @@ def test_accumulation_is_the_same_on_one_rank_and_on_two(tmp_path):
         assert report["images_seen"] == 240
         assert_close(report["weights"], alone["weights"], 1e-5)
         assert_close(report["ema"], alone["ema"], 1e-5)
+
+
+def test_groups_of_a_coupling_span_ranks(tmp_path):
+    (alone,) = train(tmp_path / "1", 1, transport=True)
+    for report in train(tmp_path / "2", 2, transport=True):
+        assert_close(report["weights"], alone["weights"], 5e-5)  # rounding; other pairs would differ by 1e-2
+        logged = report["logged"] or alone["logged"]
+    for row, expected in zip(logged, alone["logged"], strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+    costs = [(row["transport_cost"], row["transport_cost_independent"]) for row in logged if "loss" in row]
+    assert len(costs) == 4
+    assert all(0 < coupled < independent for coupled, independent in costs)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(tmp_path):

@@ -47,7 +47,7 @@ class Flatten(nn.Module):
         return images.flatten(1).float() / 255
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n=st.integers(2, 200),
     d=st.integers(1, 12),
@@ -61,7 +61,8 @@ def test_streamed_covariance_is_the_two_pass_one_whatever_the_offset(n, d, batch
     expected = (features - mean).T @ (features - mean) / (n - 1)
     assert result.count == n
     assert (result.mean - mean).abs().max() <= 1e-12 * (1 + abs(offset))
-    assert (result.covariance - expected).norm() <= 1e-9 * expected.norm() + 1e-300
+    rounded = torch.finfo(torch.float64).eps * abs(offset)  # of the features, and so of both covariances
+    assert (result.covariance - expected).norm() <= (1e-9 + 2 * rounded) * expected.norm() + 1e-300
 
 
 def test_a_sum_of_squares_would_fail_the_same_claim():

@@ -9,7 +9,7 @@ from fmlit.paths import CondOTPath, CosinePath, PolynomialPath, VPPath, check_ti
 
 PATHS = [CondOTPath(), CosinePath(), PolynomialPath(1.0), PolynomialPath(2.5), VPPath(), VPPath(0.5, 12.0)]
 SHAPES = [(5,), (3, 4, 4), (2, 4, 4, 3), (7, 3)]
-examples = settings(deadline=None, derandomize=True, max_examples=50)
+examples = settings(max_examples=50)
 each_path = pytest.mark.parametrize("path", PATHS, ids=repr)
 
 

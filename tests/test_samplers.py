@@ -20,6 +20,7 @@ from fmlit.predictions import Velocity
 from fmlit.randomness import image_noise, image_seeds
 from fmlit.samplers import (
     EXPONENTIAL,
+    ChurnSampler,
     ODEMethod,
     ODESampler,
     Sampler,
@@ -104,6 +105,16 @@ def test_every_sde_ends_in_the_mixture(sigma, method, path):
     model = oracle_model([MIXTURE], path, prediction)
     samples = SDESampler(sigma, method, steps=40).sample(model, image_seeds(0, range(400))).flatten().double()
     assert stats.kstest(samples.numpy(), lambda x: cdf(MIXTURE, x)).pvalue > 1e-3
+
+
+@each_path
+def test_churn_ends_in_the_mixture(path):
+    model = oracle_model([MIXTURE], path, PREDICTIONS[PATHS.index(path)])
+    samples = ChurnSampler(steps=40).sample(model, image_seeds(0, range(400))).flatten().double()
+    assert stats.kstest(samples.numpy(), lambda x: cdf(MIXTURE, x)).pvalue > 1e-3
+    still = ChurnSampler(steps=40, s_churn=0.0)
+    assert error(still, model) < 0.003  # without noise it is Heun's method
+    assert error(ChurnSampler(steps=40), model) > 0.1
 
 
 @pytest.mark.parametrize("method", get_args(SDEMethod))
@@ -220,7 +231,9 @@ def test_generated_labels_are_those_asked_for_or_classes_in_turn():
     assert balanced_labels(oracle_model([MIXTURE], CondOTPath()), range(5)) is None
 
 
-@pytest.mark.parametrize("sampler", [ODESampler("heun", 3), ODESampler("dopri5", 3), SDESampler(steps=3)])
+@pytest.mark.parametrize(
+    "sampler", [ODESampler("heun", 3), ODESampler("dopri5", 3), SDESampler(steps=3), ChurnSampler(3)]
+)
 def test_global_random_numbers_are_not_touched(sampler):
     model = small_model().train()
     torch.manual_seed(1)
@@ -283,6 +296,8 @@ def test_labels_for_an_unconditional_model_are_refused():
         (partial(SDESampler, method="heun"), "unknown method 'heun': choose from euler_maruyama, stochastic_heun"),
         (partial(ODESampler, steps=0), "steps must be at least 1, got 0"),
         (partial(SDESampler, steps=-1), "steps must be at least 1, got -1"),
+        (partial(ChurnSampler, s_min=2.0, s_max=1.0), "churn needs s_min <= s_max, got 2.0 and 1.0"),
+        (partial(ChurnSampler, s_churn=-1.0), "s_churn must not be negative, got -1.0"),
         (partial(ODESampler, guidance=-0.5), "guidance must be finite and at least 0, got -0.5"),
         (partial(SDESampler, guidance=float("nan")), "guidance must be finite and at least 0, got nan"),
         (lambda: next(generate(small_model(), ODESampler(), 0)), "n and batch_size must be at least 1, got 0 and 256"),

@@ -58,7 +58,7 @@ def test_logit_normal_times_are_the_noise_levels_of_edm():
     assert stats.kstest(log_sigma.numpy(), "norm", (-1.2, 1.2)).pvalue > 1e-3
 
 
-@settings(deadline=None, derandomize=True, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 3000), st.integers(0, 10**6))
 def test_stratified_draws_fall_one_into_each_stratum(n, seed):
     t = UniformTime(stratified=True).sample(n, generator(seed)).double()
@@ -153,7 +153,7 @@ grid_paths = st.one_of(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from(GRIDS), grid_paths, st.sampled_from(PREDICTIONS), st.booleans(), st.integers(2, 200))
 def test_grids_increase_within_the_limits_and_take_the_stated_steps(grid, path, prediction, stochastic, steps):
     limits = sampling_limits(path, prediction, stochastic)

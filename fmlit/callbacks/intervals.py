@@ -6,8 +6,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from fmlit.callbacks.ema import EMA
+from fmlit.couplings import IndependentCoupling
 from fmlit.generative import GenerativeModel
 from fmlit.modules import GenerativeModule
+from fmlit.samplers import ChurnSampler, Sampler, SDESampler
 
 
 class EveryImages(pl.Callback):
@@ -68,6 +70,15 @@ def sampled_model(trainer: pl.Trainer, module: GenerativeModule) -> GenerativeMo
     """What to sample from: the first average where an EMA callback is there, else the trained weights."""
     averages = averages_of(trainer)
     return averages.model(module) if averages else module.model
+
+
+def check_sampler(sampler: Sampler, module: GenerativeModule, key: str) -> None:
+    """Raise a ValueError, before training, where the sampler needs a score that the coupling does not leave."""
+    if isinstance(sampler, SDESampler | ChurnSampler) and not isinstance(module.coupling, IndependentCoupling):
+        raise ValueError(
+            f"{key}: {type(sampler).__name__} needs the score, which does not follow from the velocity under "
+            f"{type(module.coupling).__name__}; use ODESampler"
+        )
 
 
 def log_metrics(trainer: pl.Trainer, module: GenerativeModule, metrics: dict[str, float]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 
-from fmlit.callbacks.intervals import EveryImages, averages_of, log_metrics, sampled_model
+from fmlit.callbacks.intervals import EveryImages, averages_of, check_sampler, log_metrics, sampled_model
 from fmlit.metrics import Features, ImageQuality, PixelFeatures, Reference, reference_statistics
 from fmlit.metrics.quality import Metric
 from fmlit.metrics.ranks import Ranks
@@ -58,6 +58,16 @@ class QualityCurve(EveryImages):
         self.latest: dict[str, float] = {}
         self.best: float | None = None
         self._reference: Reference | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        assert isinstance(pl_module, GenerativeModule)
+        if self.every is not None:
+            check_sampler(self.sampler, pl_module, "quality.sampler")
+            if len(pl_module.model.shape) != 3:
+                raise ValueError(
+                    "quality.every: these distances are of images, and the data are vectors; leave it null"
+                )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.every is None:

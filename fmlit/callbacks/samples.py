@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from fmlit.callbacks.intervals import EveryImages, sampled_model
+from fmlit.callbacks.intervals import EveryImages, check_sampler, sampled_model
 from fmlit.modules import GenerativeModule
 from fmlit.pictures import draw_samples
 from fmlit.randomness import image_seeds
@@ -36,6 +36,12 @@ class SampleGrid(EveryImages):
             raise ValueError(f"columns must be at least 1, got {columns}")
         self.sampler, self.columns, self.seed = sampler, columns, seed
         self.newest: Path | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        assert isinstance(pl_module, GenerativeModule)
+        if self.every is not None:
+            check_sampler(self.sampler, pl_module, "samples.sampler")
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         if not trainer.is_global_zero:

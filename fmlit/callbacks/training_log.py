@@ -17,8 +17,8 @@ class TrainingLog(pl.Callback):
     """Logs, every ``Trainer.log_every_n_steps`` steps, means over all samples of all ranks since the last time.
 
     ``loss`` in total and ``loss_t/<from>-<to>`` per bin of t, ``learning_rate``, ``images_seen``, and
-    ``images_per_second`` without the time that sampling and scoring took. Sums stay on the device in between: no step
-    waits for the accelerator.
+    ``images_per_second`` without the time that sampling and scoring took; ``transport_cost`` where noise and data are
+    coupled. Sums stay on the device in between: no step waits for the accelerator.
 
     Args:
         bins: number of equal bins of t.
@@ -30,6 +30,7 @@ class TrainingLog(pl.Callback):
         self.bins = bins
         self.latest: dict[str, float] = {}
         self._sums: Tensor | None = None
+        self._costs: dict[str, list[Tensor]] = {}
         self._since = (0.0, 0, 0.0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -46,6 +47,9 @@ class TrainingLog(pl.Callback):
         bins = (times * self.bins).long().clamp(max=self.bins - 1)
         self._sums[0].index_add_(0, bins, losses)
         self._sums[1].index_add_(0, bins, torch.ones_like(losses))
+        for name in ("transport_cost", "transport_cost_independent"):
+            if name in outputs:
+                self._costs.setdefault(name, []).append(outputs[name])
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 is Lightning's "never"
         if every and trainer.global_step % every == 0 and not trainer.fit_loop._should_accumulate():
             self._log(trainer, pl_module)
@@ -71,8 +75,13 @@ class TrainingLog(pl.Callback):
             for i in range(self.bins)
             if counts[i]
         }
+        costs = {
+            name: trainer.strategy.reduce(torch.stack(values).mean(), reduce_op="mean").item()
+            for name, values in self._costs.items()
+        }
+        self._costs.clear()
         self._since = now
-        log_metrics(trainer, module, {**self.latest, **by_time})
+        log_metrics(trainer, module, {**self.latest, **by_time, **costs})
 
 
 def _pauses(trainer: pl.Trainer) -> float:

@@ -73,7 +73,7 @@ def evaluate(
         splits: Parts of the data to compare with: train, or train,test, where a gap shows memorisation.
         flip: Compare with the real images and their mirror images.
         solver: Solvers by name: heun (default), euler, unipc, dpmpp_2m, euler_maruyama, ...
-        steps: Numbers of steps, such as 5,10,20; by default 18, or 250 for an SDE.
+        steps: Numbers of steps, such as 5,10,20; by default 18, 250 for an SDE, 128 for churn.
         guidance: Scales of classifier-free guidance, such as 1.0,1.5; 1 (default) is none.
         grid: Where the steps lie.
         sigma: Diffusion coefficient of an SDE: a number, or a class.

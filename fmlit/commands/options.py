@@ -21,7 +21,7 @@ from fmlit.data import DataModule
 from fmlit.dynamics import ConstantDiffusion, Diffusion
 from fmlit.metrics.ranks import Ranks
 from fmlit.parsing import Parser
-from fmlit.samplers import ODEMethod, ODESampler, Sampler, SDEMethod, SDESampler
+from fmlit.samplers import ChurnSampler, ODEMethod, ODESampler, Sampler, SDEMethod, SDESampler
 from fmlit.times import Grid
 
 
@@ -120,15 +120,17 @@ def build_sampler(
     guidance: float = 1.0,
     sigma: Diffusion | float | None = None,
 ) -> Sampler:
-    """The sampler of a solver's name: an ODE's, or an SDE's with ``sigma``. What is None keeps its default."""
+    """The sampler of a solver's name: an ODE's, an SDE's with ``sigma``, or churn. What is None keeps its default."""
     odes, sdes = get_args(ODEMethod), get_args(SDEMethod)
-    if solver not in (*odes, *sdes):
-        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join((*odes, *sdes))}")
+    if solver not in (*odes, *sdes, "churn"):
+        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join((*odes, *sdes, 'churn'))}")
     if sigma is not None and solver not in sdes:
-        raise ValueError(f"sigma is the noise of an SDE, and {solver} solves the ODE: choose from {', '.join(sdes)}")
+        raise ValueError(f"sigma is the noise of an SDE, and {solver} takes none: choose from {', '.join(sdes)}")
     diffusion = ConstantDiffusion(sigma) if isinstance(sigma, int | float) else sigma
     options = {"steps": steps, "grid": grid, "sigma": diffusion}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if solver == "churn":
+        return ChurnSampler(guidance=guidance, **given)
     return (SDESampler if solver in sdes else ODESampler)(method=solver, guidance=guidance, **given)  # type: ignore
 
 

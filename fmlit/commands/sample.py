@@ -62,8 +62,8 @@ def sample(
         n: Number of samples.
         labels: Classes, by id or by name: 3,7 or cat,dog. They are dealt in turn; by default all classes are.
         solver: heun, euler, midpoint, rk4, dopri5, ddim, dpmpp_2m, dpmpp_3m, unipc, ipndm for the ODE; euler_maruyama,
-            stochastic_heun for the SDE.
-        steps: Number of steps; by default 18, or 250 for an SDE.
+            stochastic_heun for the SDE; churn.
+        steps: Number of steps; by default 18, 250 for an SDE, 128 for churn.
         guidance: Scale of classifier-free guidance; 1 is none.
         grid: Where the steps lie.
         sigma: Diffusion coefficient of an SDE: a number, or a class.

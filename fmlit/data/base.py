@@ -74,9 +74,9 @@ class DataModule(LightningDataModule, ABC):
         Images are uint8 until `on_after_batch_transfer`. Without a trainer, the loader of a single process.
 
         Raises:
-            ValueError: batch_size cannot be split evenly, or Lightning would put a sampler of its own in place of ours.
+            ValueError: see ``share``.
         """
-        share = self._share()
+        share = self.share()
         dataset = self.dataset("train")
         sampler = GlobalBatchSampler(
             TrainingOrder(len(dataset), self.seed),
@@ -105,7 +105,12 @@ class DataModule(LightningDataModule, ABC):
         module = None if self.trainer is None else self.trainer.lightning_module
         return int(getattr(module, "images_seen", 0))
 
-    def _share(self) -> Share:
+    def share(self) -> Share:
+        """This process's part of a global micro-batch.
+
+        Raises:
+            ValueError: batch_size cannot be split evenly, or Lightning would put a sampler of its own in place of ours.
+        """
         trainer: Any = self.trainer
         if trainer is None:
             return Share(self.batch_size, 0, 1)

@@ -93,11 +93,7 @@ def churn(
     deterministic. ``field`` is the velocity; times as in ``exponential.py``. The defaults are EDM's for ImageNet-64
     (table 5).
     """
-    for name, value in (("s_churn", s_churn), ("s_min", s_min), ("s_noise", s_noise)):
-        if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-    if not s_max >= s_min:
-        raise ValueError(f"churn needs s_min <= s_max, got {s_min} and {s_max}")
+    check_churn(s_churn, s_min, s_max, s_noise)
     draw = _noise_source(noise, generator)
     alphas, sigmas = noise_levels(path, times)
     largest = path.sigma(torch.zeros(1, dtype=torch.float64)).item()
@@ -118,6 +114,15 @@ def churn(
         return alpha_next * y_next
 
     return march(step, x0, times, trajectory)
+
+
+def check_churn(s_churn: float, s_min: float, s_max: float, s_noise: float) -> None:
+    """Raise a ValueError that names what ``churn`` would refuse."""
+    for name, value in (("s_churn", s_churn), ("s_min", s_min), ("s_noise", s_noise)):
+        if not value >= 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if not s_max >= s_min:
+        raise ValueError(f"churn needs s_min <= s_max, got {s_min} and {s_max}")
 
 
 def _noise_source(noise: NoiseSource | None, generator: torch.Generator | None) -> NoiseSource:
