@@ -65,6 +65,7 @@ class TrainingCLI(LightningCLI):
     run_folder: Path
     start = Start()
     _fresh = True
+    _fit_seconds = math.inf
 
     def __init__(self, args: Sequence[str]) -> None:
         check_arguments(args)
@@ -190,6 +191,7 @@ class TrainingCLI(LightningCLI):
         """Train. A run folder in which nothing was learnt is removed again."""
         if self.trainer.is_global_zero:
             print(self._headline(), flush=True)
+        started = time.perf_counter()
         try:
             self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
@@ -202,6 +204,7 @@ class TrainingCLI(LightningCLI):
             reason = str(error).splitlines()[0].partition(". ")[0]
             raise ConnectionError(f"lost another process, which says why or was killed ({reason})") from error
         finally:
+            self._fit_seconds = time.perf_counter() - started
             if self.trainer.global_step == 0:
                 self.discard()
 
@@ -236,6 +239,10 @@ class TrainingCLI(LightningCLI):
             "seconds": round(seconds, 1),
             "loss": callbacks[TrainingLog].latest.get("loss"),
             **{name: str(path) if path else None for name, path in newest.items()},
+            "share_of_time": {
+                key: round(callbacks[PARTS[key]].seconds / self._fit_seconds, 4)
+                for key in ("samples", "quality", "checkpoint")
+            },
             **callbacks[QualityCurve].latest,
         }
         # JSON has no NaN.

@@ -13,6 +13,7 @@ from typing import Any
 
 import jsonargparse
 import yaml
+from jsonargparse import _typehints
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -43,6 +44,26 @@ LINKS = {
     "model.shape": "the data",
     "model.num_classes": "the data",
 }
+
+
+_discard_what_does_not_fit = _typehints.discard_init_args_on_class_path_change
+
+
+def _discard_defaults_of_another_class(parser: Any, before: Any, now: Mapping[str, Any]) -> None:
+    """What was the default of one class does not become the value of the next, even where their names are the same.
+
+    jsonargparse keeps all that fits (its issue 460): an SDESampler would get the 18 steps that are the default of
+    ODESampler, which stood there before, in place of its own 250. What the user has set is kept.
+    """
+    if before and "init_args" in before and before["class_path"] != now["class_path"]:
+        defaults = _typehints.ActionTypeHint.get_class_parser(before["class_path"], {}).get_defaults()
+        given = before["init_args"]
+        for name in [name for name in vars(given) if name in defaults and given[name] == defaults[name]]:
+            del given[name]
+    _discard_what_does_not_fit(parser, before, now)
+
+
+_typehints.discard_init_args_on_class_path_change = _discard_defaults_of_another_class
 
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):

@@ -99,6 +99,25 @@ def test_the_default_recipe_does_not_leak_into_others(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("given", ["--samples.sampler=SDESampler", f"--config={CONFIGS / 'mnist_score.yaml'}"])
+def test_another_class_has_its_own_defaults(tmp_path: Path, given: str) -> None:
+    """jsonargparse would hand it those of the class that stood there before: 18 steps on EDM's grid."""
+    sampler = printed_config(tmp_path, given)["samples"]["sampler"]["init_args"]
+    assert (sampler["steps"], sampler["grid"]["class_path"]) == (250, "fmlit.times.UniformGrid")
+
+
+def test_another_class_keeps_what_was_asked_for(tmp_path: Path) -> None:
+    asked = ("--samples.sampler.guidance=3", "--samples.sampler.steps=40", "--samples.sampler=SDESampler")
+    sampler = printed_config(tmp_path, *asked)["samples"]["sampler"]["init_args"]
+    assert (sampler["guidance"], sampler["steps"], sampler["method"]) == (3.0, 40, "euler_maruyama")
+    model = printed_config(tmp_path, "--model=ScoreMatchingModule")["model"]["init_args"]
+    assert model["net"]["init_args"]["width"] == 8
+    assert (model["path"]["class_path"], model["prediction"]["class_path"]) == (
+        "fmlit.paths.VPPath",
+        "fmlit.predictions.Noise",
+    )
+
+
 def test_later_recipes_and_options_win(tmp_path: Path) -> None:
     extra = tmp_path / "extra.yaml"
     extra.write_text("images: 5\nema: {ramp: 0.3}\n")

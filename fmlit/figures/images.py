@@ -37,16 +37,17 @@ def sampling_trajectories(model: GenerativeModel, digits: int = 3, steps: int = 
     seeds = image_seeds(0, range(3, 3 + digits))
     labels = balanced_labels(model, range(3, 3 + digits))
     samplers = {
-        "ODE": ODESampler("heun", steps, UniformGrid()),
-        "SDE": SDESampler(BetaDiffusion(1.0), steps=steps, grid=UniformGrid()),
+        "ODE by Heun's method": ODESampler("heun", steps, UniformGrid()),
+        "SDE by Euler-Maruyama": SDESampler(BetaDiffusion(1.0), steps=steps, grid=UniformGrid()),
     }
+    classes = [] if labels is None else [str(label) for label in labels.tolist()]
     figure, axes = style.panels(len(samplers), 1, (9.6, 1.1 + 2 * 0.85 * digits))
     for (name, sampler), panel in zip(samplers.items(), axes[:, 0], strict=True):
         times = sampler.grid.times(model.path, steps, sampler.limits(model)).tolist()
         states = sampler.sample(model, seeds, labels, trajectory=True)
         stops = torch.linspace(0, len(states) - 1, COLUMNS).round().long().tolist()
         clock = [f"{[*times, 1.0][stop]:.2f}" for stop in stops]
-        style.image_rows(panel, states[stops].transpose(0, 1).cpu(), columns=clock)
-        panel.set(title=f"$X_t$ of the {name}, {steps} steps ({sampler.method})")
+        style.image_rows(panel, states[stops].transpose(0, 1).cpu(), classes, clock)
+        panel.set(title=f"$X_t$ of the {name}, {steps} steps")
     axes[-1, 0].set_xlabel("$t$")
     return figure

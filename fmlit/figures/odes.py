@@ -46,9 +46,9 @@ def trajectory_field_ode() -> Figure:
     style.plane_axes(left, LIMIT, "a trajectory $t \\mapsto X_t$")
     lines = style.timed_lines(left, exact, times, linewidths=2.5)
     figure.colorbar(lines, ax=left, label="$t$", shrink=0.7, ticks=[0, 0.5, 1], location="left")
-    for time in (0, 50, 100):
+    for time, offset in ((0, (-3, -15)), (50, (2, 8)), (100, (-3, -15))):
         left.plot(*exact[time, 0], "o", color=style.TIME(time / 100), markersize=6)
-        left.annotate(f"$X_{{{time / 100:g}}}$", exact[time, 0].tolist(), (6, 6), textcoords="offset points")
+        left.annotate(f"$X_{{{time / 100:g}}}$", exact[time, 0].tolist(), offset, textcoords="offset points")
 
     style.plane_axes(middle, LIMIT, "a vector field $u_t(x)$")
     arrows(middle, swirl, 0.0, LIMIT)

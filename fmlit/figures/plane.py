@@ -19,12 +19,12 @@ LIMIT = 3.0
 CONDITION = GaussianMixture([[0.6, 1.5]], 0.0)  # one Dirac at z: its fields are the conditional ones, given z
 
 
-def _draw_density(axes: Axes, mixture: GaussianMixture, path: GaussianPath, time: float) -> None:
-    """log p_t(x) down to e^-5 of its maximum, as shades."""
-    x = style.plane_grid(LIMIT, 81)
+def _draw_density(axes: Axes, mixture: GaussianMixture, path: GaussianPath, time: float, limit: float = LIMIT) -> None:
+    """p_t(x), relative to its maximum, as shades."""
+    x = style.plane_grid(limit, 81)
     density = mixture.log_prob(x, path, torch.full((len(x),), time, dtype=x.dtype)).reshape(81, 81)
-    span = (-LIMIT, LIMIT, -LIMIT, LIMIT)
-    relative = (density - density.max()).exp()
+    span = (-limit, limit, -limit, limit)
+    relative = (density - density.max()).exp().numpy()
     axes.imshow(relative, extent=span, origin="lower", cmap=style.DENSITY, vmin=0, vmax=1.6, interpolation="bilinear")
 
 
@@ -33,7 +33,7 @@ def _start(n: int, seed: int = 0) -> Tensor:
 
 
 @style.styled
-def plane_fields(time: float = 0.75) -> Figure:
+def plane_fields(time: float = 0.75, limit: float = 2.4) -> Figure:
     """Rows: given z, and marginal over a checkerboard of data. Columns: density, velocity, score, at one time."""
     path = CondOTPath()
     figure, axes = style.panels(2, 3, (8.4, 5.9))
@@ -42,11 +42,11 @@ def plane_fields(time: float = 0.75) -> Figure:
     ):
         names = f"path $p_t(x{given})$", f"velocity $u_t(x{given})$", f"score $\\nabla\\log p_t(x{given})$"
         for panel, title in zip(row, names, strict=True):
-            style.plane_axes(panel, LIMIT, f"{name} {title}")
-            _draw_density(panel, mixture, path, time)
+            style.plane_axes(panel, limit, f"{name} {title}")
+            _draw_density(panel, mixture, path, time, limit)
         model = exact_model(mixture, path)
-        arrows(row[1], model.velocity, time, LIMIT, 16, color=style.EXACT)
-        arrows(row[2], model.score, time, LIMIT, 16, color=style.EXACT)
+        arrows(row[1], model.velocity, time, limit, 16, color=style.EXACT)
+        arrows(row[2], model.score, time, limit, 16, color=style.EXACT)
     for panel in axes[0]:
         panel.plot(*CONDITION.means[0], "*", color=style.NOISE, markersize=11)
     axes[0, 0].annotate("$z$", CONDITION.means[0].tolist(), (8, 2), textcoords="offset points", color=style.NOISE)
@@ -113,7 +113,7 @@ def gaussian_to_data(n: int = 1000) -> Figure:
 
 
 def gaussian_to_data_frames(frames: int = 60, n: int = 1200) -> Iterator[Figure]:
-    """The same flow in motion, coloured by where a point starts: neighbours stay neighbours."""
+    """The same flow in motion, coloured by the first coordinate of where a point starts."""
     times, states = _transport(n, frames - 1)
     for time, state in zip(times.tolist(), states, strict=True):
         yield _frame(time, state, states[0, :, 0])

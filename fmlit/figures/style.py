@@ -76,7 +76,7 @@ def image_rows(axes: Axes, images: Tensor, rows: Sequence[str] = (), columns: Se
     """Images (rows, columns, C, H, W) in [-1, 1], grey or colour, one pixel apart; larger values are clipped."""
     separated = torch.nn.functional.pad(images.float().clamp(-1, 1), (0, 1, 0, 1), value=1.0)
     sheet = separated.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows (H + 1), columns (W + 1), C)
-    axes.imshow((sheet[:-1, :-1] + 1) / 2, cmap="gray", vmin=0, vmax=1)
+    axes.imshow(((sheet[:-1, :-1] + 1) / 2).numpy(), cmap="gray", vmin=0, vmax=1)
     height, width = images.shape[-2:]
     axes.set_yticks([(height - 1) / 2 + (height + 1) * i for i in range(len(rows))], rows)
     axes.set_xticks([(width - 1) / 2 + (width + 1) * i for i in range(len(columns))], columns)
@@ -92,18 +92,23 @@ def pixels(figure: Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
+def palette(picture: Image.Image, colours: int) -> Image.Image:
+    """The picture in its most frequent colours, without dots in what is one colour."""
+    return picture.quantize(colours, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+
+
 def save_png(figure: Figure, path: Path) -> None:
     """Where the picture has so many dots that it would be a large file, 256 colours have to do."""
     picture = pixels(figure)
     picture.save(path, optimize=True)
     if path.stat().st_size > LARGEST:
-        picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+        palette(picture, 256).save(path, optimize=True)
 
 
 def save_gif(frames: Iterable[Figure], path: Path, seconds: float, hold: float = 1.5) -> None:
     """An endless animation of ``seconds``, that rests for ``hold`` seconds on its last frame."""
     pictures = [pixels(frame) for frame in frames]
-    palette = pictures[len(pictures) // 2].quantize(64, Image.Quantize.MAXCOVERAGE)
-    indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    shared = palette(pictures[len(pictures) // 2], 64)
+    indexed = [picture.quantize(palette=shared, dither=Image.Dither.NONE) for picture in pictures]
     durations = [round(1000 * seconds / len(indexed))] * (len(indexed) - 1) + [round(1000 * hold)]
     indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=True)
