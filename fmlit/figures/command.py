@@ -1,4 +1,4 @@
-"""``scripts/figures.py``: the pictures of the course, and the table of solver errors."""
+"""``scripts/figures.py``: the pictures of the course, the table of solver errors, the curves of runs."""
 
 import sys
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fmlit.checkpoints import load_model
 from fmlit.commands.options import Names, find_checkpoint
-from fmlit.figures import images, memorisation, odes, picard, plane, sdes, solver_table, style, two_points
+from fmlit.figures import curves, images, memorisation, odes, picard, plane, sdes, solver_table, style, two_points
 from fmlit.figures.oracle import checkerboard, exact_model
 from fmlit.generative import GenerativeModel
 from fmlit.outputs import new_file
@@ -36,9 +36,13 @@ PICTURES = (*(f"{name}.png" for name in (*EXACT, *TRAINED)), ANIMATED)
 
 
 def figures(
-    out: str = "docs/figures", only: Names | None = None, checkpoint: str | None = None, table: str | None = None
+    out: str = "docs/figures",
+    only: Names | None = None,
+    checkpoint: str | None = None,
+    table: str | None = None,
+    curves_of: Names | None = None,
 ) -> dict[str, Any]:
-    """Draw the pictures of docs/course.md from the code itself, or write the table of solver errors.
+    """Draw the pictures of docs/course.md from the code itself, the loss curves of runs, or the table of solver errors.
 
     Args:
         out: Folder for the pictures; those of the same name are replaced.
@@ -47,11 +51,14 @@ def figures(
             pictures of a trained model are drawn where it is given, and the table gets a part for it.
         table: Write the errors of all solvers at 5, 10, 20 and 50 evaluations into this .md file, and draw no pictures.
             Takes minutes for the exact field, and half an hour on one core for the quickstart's network.
+        curves_of: Draw the loss curves of these run folders, in total and per bin of t, into loss.png, and no more.
     """
+    if sum(option is not None for option in (only, table, curves_of)) > 1:
+        raise ValueError("only, table and curves_of are three tasks: give one of them")
+    if curves_of is not None:
+        return _draw_curves(curves_of, Path(out))
     source = None if checkpoint is None else find_checkpoint(checkpoint)
     if table is not None:
-        if only is not None:
-            raise ValueError("only chooses pictures, and table draws none: leave one of them out")
         return _write_table(new_file(table, ".md"), source)
     drawable = [name for name in PICTURES if source is not None or Path(name).stem not in TRAINED]
     chosen = list(only or drawable)
@@ -79,6 +86,18 @@ def draw(name: str, folder: Path, model: GenerativeModel | None = None) -> None:
     else:
         assert model is not None
         style.save_png(TRAINED[stem](model), path)
+
+
+def _draw_curves(runs: Names, folder: Path) -> dict[str, Any]:
+    """``loss.png`` in the folder: a panel for each run."""
+    files = {Path(run).name: Path(run) / "metrics.csv" for run in runs}
+    for file in files.values():
+        if not file.is_file():
+            raise ValueError(f"curves_of: there is no {file}; give folders of runs, such as runs/quickstart")
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "loss.png"
+    style.save_png(curves.training_curves({name: curves.read_metrics(file) for name, file in files.items()}), picture)
+    return {"picture": str(picture), "runs": list(runs)}
 
 
 def _write_table(file: Path, checkpoint: Path | None) -> dict[str, Any]:
