@@ -139,7 +139,7 @@ def test_vectors(tmp_path, capsys):
         (("--n", "0"), "n, batch_size and columns must be at least 1, got 0"),
         (("--steps", "0"), "steps must be at least 1, got 0"),
         (("--solver", "hoin"), "unknown solver 'hoin': choose from euler"),
-        (("--sigma", "0.5"), "sigma is the noise of an SDE, and heun solves the ODE"),
+        (("--sigma", "0.5"), "sigma is the noise of an SDE, and heun takes none"),
         (("--weights", "ema_7"), "no weights 'ema_7'; choose one of: raw, ema_500"),
         (("--out", "grid.jpg"), "grid.jpg must end in .png"),
         (("--trajectory", "film.mp4"), "film.mp4 must end in .png or .gif"),

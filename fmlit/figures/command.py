@@ -50,7 +50,7 @@ def figures(
         checkpoint: A model of the digits, file or run folder (python scripts/train.py makes one in two minutes). The
             pictures of a trained model are drawn where it is given, and the table gets a part for it.
         table: Write the errors of all solvers at 5, 10, 20 and 50 evaluations into this .md file, and draw no pictures.
-            Takes minutes for the exact field, and half an hour on one core for the quickstart's network.
+            Takes a minute for the exact field and some ten more for the quickstart's network, on one core.
         curves_of: Draw the loss curves of these run folders, in total and per bin of t, into loss.png, and no more.
     """
     if sum(option is not None for option in (only, table, curves_of)) > 1:
