@@ -5,10 +5,13 @@ bit-identical for any number of processes.
 """
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +30,15 @@ SDEMethod = Literal["euler_maruyama", "stochastic_heun"]
 EXPONENTIAL = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm")
 
 
+def _label(key: str, value: Any) -> str:
+    """A number after its key; for a grid or diffusion its class and whatever is not its default: ``edm_rho5``."""
+    if isinstance(value, (int, float)):
+        return f"{key}{value:g}"
+    kind = type(value).__name__.removesuffix("Grid").removesuffix("Diffusion").lower()
+    changed = [f.name for f in fields(value) if getattr(value, f.name) != f.default] if is_dataclass(value) else []
+    return "_".join([kind, *(_label(name, getattr(value, name)) for name in changed)])
+
+
 class Sampler(ABC):
     """From noise to data along a model's field.
 
@@ -41,10 +53,20 @@ class Sampler(ABC):
 
     @property
     def name(self) -> str:
-        """Method and steps, with the guidance scale where there is one: ``heun18``, ``unipc10+cfg1.5``, ``dopri5``."""
-        steps = "" if self.method == "dopri5" else self.steps  # it chooses its own
-        scale = "" if self.guidance == 1 else f"+cfg{self.guidance:g}"
-        return f"{self.method.replace('_', '')}{steps}{scale}"
+        """Method, steps and whatever differs from the sampler's defaults, for protocols.
+
+        ``heun18``, ``midpoint10+uniform`` (a grid), ``unipc10+cfg1.5`` (guidance), ``eulermaruyama250+reverse`` (a
+        diffusion coefficient), ``dopri5`` (which chooses its own steps).
+        """
+        steps = "" if self.method == "dopri5" else self.steps
+        parts = [f"{self.method.replace('_', '')}{steps}"]
+        for key, parameter in signature(type(self)).parameters.items():
+            value = getattr(self, key, parameter.default)
+            if key not in ("method", "steps", "guidance") and value != parameter.default:
+                parts.append(_label(key, value))
+        if self.guidance != 1:
+            parts.append(f"cfg{self.guidance:g}")
+        return re.sub(r"[^A-Za-z0-9_.+]", "_", "+".join(parts))  # what protocols take
 
     @abstractmethod
     def limits(self, model: GenerativeModel) -> Limits:

@@ -14,6 +14,7 @@ from fmlit import solvers
 from fmlit.dynamics import BetaDiffusion, ReverseDiffusion, sde_drift
 from fmlit.generative import GenerativeModel
 from fmlit.guidance import classifier_free
+from fmlit.metrics import Protocol
 from fmlit.mixtures import GaussianMixture
 from fmlit.paths import CondOTPath, VPPath
 from fmlit.predictions import Velocity
@@ -164,6 +165,22 @@ def test_number_of_function_evaluations(sampler, evaluations):
 def test_names():
     names = [ODESampler().name, ODESampler("unipc", 10, guidance=1.5).name, SDESampler().name]
     assert names == ["heun18", "unipc10+cfg1.5", "eulermaruyama250"]
+
+
+def test_names_tell_every_setting_that_changes_the_images():
+    named = {
+        "heun18": ODESampler(grid=EDMGrid()),
+        "midpoint10+uniform": ODESampler("midpoint", 10, grid=UniformGrid()),
+        "heun18+edm_rho5+cfg2": ODESampler(grid=EDMGrid(rho=5.0), guidance=2.0),
+        "heun18+edm_sigma_min1e_05": ODESampler(grid=EDMGrid(sigma_min=1e-5)),
+        "eulermaruyama250+reverse": SDESampler(ReverseDiffusion()),
+        "eulermaruyama250+beta_scale0.5+edm": SDESampler(BetaDiffusion(0.5), grid=EDMGrid()),
+        "churn128+s_churn80": ChurnSampler(s_churn=80.0),
+    }
+    assert {sampler.name for sampler in named.values()} == set(named)
+    for name, sampler in named.items():
+        assert sampler.name == name
+        assert str(Protocol("pixels", 1000, "train", sampler=name)).endswith(f"-{name}")
 
 
 @pytest.mark.parametrize("path", [CondOTPath(), VPPath()], ids=repr)

@@ -13,6 +13,7 @@ from fmlit.figures import curves, images, memorisation, odes, picard, plane, sde
 from fmlit.figures.oracle import checkerboard, exact_model
 from fmlit.generative import GenerativeModel
 from fmlit.outputs import new_file
+from fmlit.paths import CondOTPath, VPPath
 
 EXACT: dict[str, Callable[[], Figure]] = {
     "trajectory_field_ode": odes.trajectory_field_ode,
@@ -50,7 +51,7 @@ def figures(
         checkpoint: A model of the digits, file or run folder (python scripts/train.py makes one in two minutes). The
             pictures of a trained model are drawn where it is given, and the table gets a part for it.
         table: Write the errors of all solvers at 5, 10, 20 and 50 evaluations into this .md file, and draw no pictures.
-            Takes a minute for the exact field and some ten more for the quickstart's network, on one core.
+            Takes two minutes for the exact fields and some ten more for the quickstart's network, on one core.
         curves_of: Draw the loss curves of these run folders, in total and per bin of t, into loss.png, and no more.
     """
     if sum(option is not None for option in (only, table, curves_of)) > 1:
@@ -104,8 +105,12 @@ def _write_table(file: Path, checkpoint: Path | None) -> dict[str, Any]:
     def report(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    title = "The exact field of a mixture: 128 Gaussians on a checkerboard"
-    tables = [solver_table.error_table(exact_model(checkerboard(4)), title, n=1000, report=report)]
+    title = "The exact field of a mixture, 128 Gaussians on a checkerboard, on the CondOT path"
+    exact = {title: CondOTPath(), "The same on the VP path": VPPath()}
+    tables = [
+        solver_table.error_table(exact_model(checkerboard(4), path), title, n=1000, report=report)
+        for title, path in exact.items()
+    ]
     if checkpoint is not None:
         model = load_model(checkpoint)
         title = f"A trained network: {type(model.net).__name__} for data of shape {model.shape}"

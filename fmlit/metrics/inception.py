@@ -13,6 +13,7 @@ from fmlit.metrics.features import Features, weights_digest
 
 VARIABLE = "FMLIT_INCEPTION"
 DEFAULT = Path("weights/inception.pth")
+CPU_CHUNK = 16  # images at a time on a CPU: what stays in its caches; 100 at a time were a third slower
 # The first features of the image in `_probe`: a network of the same shape with other weights is not the one of 2015.
 PROBE = (0.2887, 0.5375, 0.1259, 0.1339, 0.0876, 0.2861, 0.1795, 0.0525)
 
@@ -52,7 +53,8 @@ class InceptionFeatures(Features):
         if not torch.allclose(network(_probe())[0][0, : len(PROBE)], torch.tensor(PROBE), atol=0.01):
             raise ValueError(f"{origin} holds an Inception network, but not the one of 2015 that FID is defined by")
         used = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
-        return network, weights_digest(used)
+        # Twice as fast on a CPU as the default layout; features differ by rounding errors (6e-6, of 0.27 on average).
+        return network.to(memory_format=torch.channels_last), weights_digest(used)
 
     @property
     def fingerprint(self) -> str:
@@ -65,7 +67,9 @@ class InceptionFeatures(Features):
     def extract(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
             raise ValueError(f"Inception takes grey or RGB images, got {images.shape[1]} channels")
-        return self._loaded[0](images.expand(-1, 3, -1, -1))[0]
+        images = images.expand(-1, 3, -1, -1)
+        chunks = images.split(CPU_CHUNK if images.device.type == "cpu" else len(images))
+        return torch.cat([self._loaded[0](chunk)[0] for chunk in chunks])
 
 
 def _probe() -> Tensor:
