@@ -204,10 +204,14 @@ def test_pictures_of_a_trained_model_are_drawn_from_its_run(tmp_path):
 def test_the_table_is_written_for_the_exact_field_and_for_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(solver_table, "error_table", partial(_small_table, error_table))
     file = tmp_path / "deep" / "solvers.md"
-    assert list(figures(table=str(file))["best"]) == ["The exact field of a mixture: 128 Gaussians on a checkerboard"]
+    exact = [
+        "The exact field of a mixture, 128 Gaussians on a checkerboard, on the CondOT path",
+        "The same on the VP path",
+    ]
+    assert list(figures(table=str(file))["best"]) == exact
     run = save_run(tmp_path / "run", known_model())
     best = figures(table=str(file), checkpoint=str(run))["best"]
-    assert list(best)[1] == "A trained network: MLP for data of shape (1, 8, 8)"
+    assert list(best) == [*exact, "A trained network: MLP for data of shape (1, 8, 8)"]
     assert all(f"## {title}" in file.read_text() for title in best)
 
 
