@@ -5,12 +5,13 @@ import json
 import logging
 import math
 import shutil
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -20,12 +21,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import fmlit
 from fmlit import errors, networks, runs  # noqa: F401  # networks, so that --model.net UNet needs no longer path
-from fmlit.callbacks import EMA, Checkpoint, ProgressBar, QualityCurve, SampleGrid, TrainingLog
+from fmlit.callbacks import EMA, Checkpoint, Preempted, Preemption, ProgressBar, QualityCurve, SampleGrid, TrainingLog
+from fmlit.callbacks.intervals import EveryImages
 from fmlit.checkpoints import AtomicCheckpointIO
 from fmlit.data.base import DataModule
+from fmlit.launch import best_precision, better_strategy, check_launch, cluster_plugins
 from fmlit.loggers import MetricsFile
 from fmlit.modules import GenerativeModule
-from fmlit.parsing import HELP, Parser, check_arguments, check_launch, check_network, config_files
+from fmlit.parsing import HELP, Parser, check_arguments, check_network, config_files
 from fmlit.resume import Start, find_start
 
 # Trainer options that would be accepted and then ignored: the stream of batches is endless and its length is in images,
@@ -38,7 +41,17 @@ OURS = {
     *("val_check_interval", "check_val_every_n_epoch"),
 }
 
-PARTS = {"ema": EMA, "samples": SampleGrid, "quality": QualityCurve, "checkpoint": Checkpoint}
+PARTS = {
+    "ema": EMA,
+    "samples": SampleGrid,
+    "quality": QualityCurve,
+    "checkpoint": Checkpoint,
+    "preemption": Preemption,  # after all that acts at the end of a step
+}
+PREEMPTED = 128 + signal.SIGTERM  # the exit code, whichever signal it was: what schedulers take for an ended job
+
+
+C = TypeVar("C", bound=pl.Callback)
 
 
 class RunConfig(SaveConfigCallback):
@@ -103,7 +116,14 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, help="Name of the run (default: the name of the YAML file).")
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
-        parser.add_argument("--resume", action="store_true", help="Go on with the newest run of this name.")
+        parser.add_argument(
+            "--resume",
+            type=bool | Literal["auto"],
+            nargs="?",
+            const=True,
+            default=False,
+            help="Go on with the newest run of this name; auto: if there is one, for jobs that are started again.",
+        )
         parser.add_argument("--images", type=int, default=1_000_000, help="Run length in training images.")
         for key, cls in PARTS.items():
             parser.add_lightning_class_args(cls, key)
@@ -136,7 +156,7 @@ class TrainingCLI(LightningCLI):
         self._fresh = not resumed
         try:
             if resumed:
-                start = runs.agree(lambda: json.dumps(find_start(self.run_folder, self.model, resume)))
+                start = runs.agree(lambda: json.dumps(find_start(self.run_folder, self.model, resume is True)))
                 self.start = Start(*json.loads(start))
             trainer = self._build_trainer(**self._trainer_settings(), **kwargs)
             self._check_processes(trainer)
@@ -147,7 +167,11 @@ class TrainingCLI(LightningCLI):
 
     def _build_trainer(self, **settings: Any) -> pl.Trainer:
         try:
-            return super().instantiate_trainer(**settings)
+            trainer = super().instantiate_trainer(
+                **{**settings, "callbacks": [*settings["callbacks"]]}
+            )  # it adds to it
+            strategy = better_strategy(self.config["trainer"]["strategy"], trainer)
+            return super().instantiate_trainer(**settings, strategy=strategy) if strategy else trainer
         except errors.USER_ERRORS as error:
             raise ValueError(f"trainer: {error}") from error
 
@@ -175,7 +199,7 @@ class TrainingCLI(LightningCLI):
             "precision": given["precision"] or best_precision(given["accelerator"]),
             "logger": [MetricsFile(self.run_folder, self.start.step), *loggers],
             "callbacks": [*filter(None, callbacks), TrainingLog(), *bar],
-            "plugins": [*filter(None, plugins), AtomicCheckpointIO()],
+            "plugins": [*filter(None, plugins), *cluster_plugins(plugins), AtomicCheckpointIO()],
         }
 
     def _check_processes(self, trainer: pl.Trainer) -> None:
@@ -193,7 +217,8 @@ class TrainingCLI(LightningCLI):
             print(self._headline(), flush=True)
         started = time.perf_counter()
         try:
-            self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
+            with self._callback(Preemption).listening():
+                self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
             if self.trainer.is_global_zero and self.trainer.global_step:
                 print(f"interrupted after {self.model.images_seen:,} images; --resume goes on", file=sys.stderr)
@@ -225,34 +250,31 @@ class TrainingCLI(LightningCLI):
             + ("; nothing is left to train, --images sets the length" if self.start.step >= steps else "")
         )
 
+    def _callback(self, kind: type[C]) -> C:
+        return next(c for c in self.trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+
     def summary(self, seconds: float) -> dict[str, Any]:
-        """What other programs want to know of the finished run."""
-        callbacks = {type(c): c for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        """What other programs want to know of the run."""
         newest = {
-            "samples": callbacks[SampleGrid].newest,
-            "checkpoint": callbacks[Checkpoint].newest or self.start.checkpoint,
+            "samples": self._callback(SampleGrid).newest,
+            "checkpoint": self._callback(Checkpoint).newest or self.start.checkpoint,
         }
         summary = {
             "run": str(self.run_folder),
             "images_seen": self.model.images_seen,
             "steps": self.trainer.global_step,
             "seconds": round(seconds, 1),
-            "loss": callbacks[TrainingLog].latest.get("loss"),
+            "loss": self._callback(TrainingLog).latest.get("loss"),
             **{name: str(path) if path else None for name, path in newest.items()},
             "share_of_time": {
-                key: round(callbacks[PARTS[key]].seconds / self._fit_seconds, 4)
-                for key in ("samples", "quality", "checkpoint")
+                key: round(self._callback(part).seconds / self._fit_seconds, 4)
+                for key, part in PARTS.items()
+                if issubclass(part, EveryImages)
             },
-            **callbacks[QualityCurve].latest,
+            **self._callback(QualityCurve).latest,
         }
         # JSON has no NaN.
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-
-
-def best_precision(accelerator: Any) -> str:
-    """bf16-mixed on GPUs that compute in bfloat16 (float32 weights, optimiser and averages), float32 elsewhere."""
-    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def train(args: Sequence[str], default_config: Path) -> None:
@@ -267,10 +289,20 @@ def train(args: Sequence[str], default_config: Path) -> None:
     with _few_words():
         with errors.one_line_errors():
             cli = TrainingCLI(args)
+        preempted = None
         with errors.one_line_errors(errors.RUNNING_ERRORS):
-            cli.fit()
+            try:
+                cli.fit()
+            except Preempted as error:
+                preempted = error
     if cli.trainer.is_global_zero:
-        print(json.dumps(cli.summary(time.perf_counter() - started)), flush=True)
+        summary = cli.summary(time.perf_counter() - started)
+        if preempted:
+            print(f"preempted by {preempted}", file=sys.stderr)
+            summary["preempted"] = preempted.signal
+        print(json.dumps(summary), flush=True)
+    if preempted:
+        raise SystemExit(PREEMPTED)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 # What users can cause: values, files, and what libraries say of either. All else is a bug and keeps its traceback, and
 # so does a TypeError once everything is built: that is for whoever wrote the network.
-RUNNING_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
+RUNNING_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
 USER_ERRORS = (*RUNNING_ERRORS, TypeError)
 
 RANK_0_FIRST_S = 5.0

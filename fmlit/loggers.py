@@ -206,6 +206,11 @@ class WandbLogger(LightningWandbLogger):
         self._guard(send)
 
     @rank_zero_only
+    def mark_preempting(self) -> None:
+        """Tell W&B that the run will end with an error that is none, and be resumed."""
+        self._guard(lambda: self.experiment.mark_preempting())
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
         def finish() -> None:
             if self._experiment is not None:

@@ -9,12 +9,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from fmlit import randomness
 from fmlit.couplings import Coupling, IndependentCoupling, transport_cost
 from fmlit.data.base import DataModule
 from fmlit.descriptions import describe
 from fmlit.generative import GenerativeModel
+from fmlit.metrics.ranks import Ranks
 from fmlit.objectives import flow_matching_loss, score_matching_loss
 from fmlit.paths import CondOTPath, GaussianPath, VPPath
 from fmlit.predictions import Noise, Prediction, Score, Velocity
@@ -86,6 +89,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.seed = seed
         self.images_seen = 0
+        self._bad_loss, self._bad_since = torch.tensor(False), torch.tensor(-1)  # see ``check_finite``
 
     @abstractmethod
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -95,12 +99,17 @@ class GenerativeModule(pl.LightningModule, ABC):
         """The times at which the loss is finite."""
         return training_limits(self.model.path, self.model.prediction)
 
+    def on_train_start(self) -> None:
+        # On the device, where no step waits for them; and no buffers, which DDP would overwrite by those of rank 0.
+        self._bad_loss, self._bad_since = self._bad_loss.to(self.device), self._bad_since.to(self.device)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         z, labels = batch["data"], batch["labels"] if self.model.num_classes is not None else None
         drawn, t, labels = self._draw(len(z), labels)
         eps = self._couple(z, drawn, labels)
         torch.manual_seed(randomness.key(self.seed, self.images_seen, "dropout", self.global_rank))
         losses = self.loss(z, eps, t, labels)
+        self._bad_loss |= ~torch.isfinite(losses.detach()).all()
         self.images_seen += len(z) * self.trainer.world_size
         outputs = {"loss": losses.mean(), "losses": losses.detach(), "times": t}
         if eps is not drawn:
@@ -142,11 +151,62 @@ class GenerativeModule(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(
-            self.model.net.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+            self.model.net.parameters(),
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=not self._scaled,  # a gradient scaler and clipping do not go together with it
         )
         # Keyed by images, not by steps: the recipe stays the same when the batch size changes.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.learning_rate_factor(self.images_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether gradients are scaled, as float16 needs; the scaler then skips steps that are not finite."""
+        plugin = getattr(self._trainer, "precision_plugin", None)  # there may be no trainer yet
+        return getattr(plugin, "scaler", None) is not None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and keep a gradient that is not finite away from the weights, on every rank.
+
+        Not by ``clip_gradients``, which refuses fused optimisers in mixed precision: right where gradients are scaled.
+        """
+        if self._scaled:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        finite = torch.isfinite(norm)
+        self._bad_since = torch.where(finite | (self._bad_since >= 0), self._bad_since, self.images_seen)
+        if optimizer.param_groups[0].get("fused") and norm.device.type != "cpu":
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # the step is skipped on the device
+        else:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise what ``configure_gradient_clipping`` has noted. Waits for the device; all ranks call it.
+
+        Raises:
+            FloatingPointError: a gradient was not finite; the weights are those before it.
+        """
+        if self._bad_since.item() < 0:
+            return
+        ranks = [rank for rank, bad in enumerate(Ranks.current().gather_objects(self._bad_loss.item())) if bad]
+        where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
+        raise FloatingPointError(
+            f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "
+            f"as before it: lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
+        )
 
     def learning_rate_factor(self, images_seen: int) -> float:
         """The share of ``learning_rate`` that is used after ``images_seen`` images."""
@@ -169,6 +229,10 @@ class GenerativeModule(pl.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["images_seen"]
+        # What was saved of a network wrapped by torch.compile.
+        for state in (checkpoint["state_dict"], *checkpoint.get("ema", {}).values()):
+            for name in [name for name in state if "_orig_mod." in name]:
+                state[name.replace("_orig_mod.", "")] = state.pop(name)
 
 
 class FlowMatchingModule(GenerativeModule):

@@ -4,7 +4,6 @@ import argparse
 import difflib
 import inspect
 import itertools
-import os
 import pydoc
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from typing import Any
 import jsonargparse
 import yaml
 from jsonargparse import _typehints
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningArgumentParser
 
 from fmlit import errors
@@ -125,24 +123,6 @@ def check_network(config: Mapping[str, Any]) -> None:
                 f"model.net: {class_path} must take shape and num_classes as its first two arguments, in that order; "
                 f"it takes {', '.join(takes) or 'none'}"
             )
-
-
-def check_launch(world_size: int) -> None:
-    """Raise a ValueError if torchrun or srun started more processes than train together.
-
-    Lightning would let each train alone, all in the same folder.
-    """
-    environment = os.environ
-    started = 1
-    if environment.keys() >= {"RANK", "WORLD_SIZE"}:
-        started = int(environment["WORLD_SIZE"])
-    elif SLURMEnvironment.detect():
-        started = int(environment["SLURM_NTASKS"])
-    if started > 1 and started != world_size:
-        raise ValueError(
-            f"trainer.devices: {started} processes were started, but {world_size} would train together; set it to the "
-            f"processes of a node, trainer.num_nodes to the number of nodes, and trainer.strategy to ddp"
-        )
 
 
 def _read_yaml(path: Path) -> Any:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch.distributed import TCPStore
 
@@ -28,11 +28,12 @@ class Run(NamedTuple):
     resumed: bool
 
 
-def begin(root: str | Path, name: str, resume: bool = False) -> Run:
+def begin(root: str | Path, name: str, resume: bool | Literal["auto"] = False) -> Run:
     """The run folder of this launch, decided by rank 0 for all processes; all of them call it, first thing.
 
     A requeued Slurm job and a torchrun restart come back to the folder that they had, as a resumed run. Otherwise
-    ``resume`` goes on with the newest run of that name, and without it a new folder is claimed.
+    ``resume`` goes on with the newest run of that name ("auto": if there is one), and without it a new folder is
+    claimed.
     """
 
     def decide() -> str:
@@ -43,12 +44,14 @@ def begin(root: str | Path, name: str, resume: bool = False) -> Run:
     return Run(Path(folder), resumed)
 
 
-def _choose(root: Path, name: str, resume: bool) -> Run:
+def _choose(root: Path, name: str, resume: bool | Literal["auto"]) -> Run:
     launch, restarted = _launch()
     if restarted:
         for folder in reversed(_runs(root, name)):
             if launch in _read(folder).get("launches", []):
                 return Run(folder, True)
+    if resume == "auto":
+        resume = bool(_runs(root, name))
     folder = newest(root, name) if resume else claim(root, name)
     if launch:
         known = _read(folder)

@@ -13,6 +13,7 @@ import yaml
 from tiny_cli import CONFIGS, metrics_of, recipe, runs_in, train
 
 from fmlit import cli, parsing
+from fmlit.launch import best_precision
 
 SCRIPT = CONFIGS.parent / "scripts" / "train.py"
 
@@ -255,9 +256,9 @@ def test_the_progress_bar_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cli.best_precision("cpu") == "32-true"
+    assert best_precision("cpu") == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capable, precision in ((True, "bf16-mixed"), (False, "32-true")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, capable=capable: capable)
-        assert cli.best_precision("auto") == precision
-        assert cli.best_precision("cpu") == "32-true"
+        assert best_precision("auto") == precision
+        assert best_precision("cpu") == "32-true"

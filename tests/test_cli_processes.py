@@ -11,26 +11,26 @@ import pytest
 from PIL import Image
 from tiny_cli import CONFIGS, Outcome, metrics_of, recipe, runs_in, train
 
-from fmlit import parsing
+from fmlit.launch import check_launch
 
 SCRIPT = CONFIGS.parent / "scripts" / "train.py"
 
 
 def test_processes_that_would_each_train_alone_in_the_same_folder_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    parsing.check_launch(world_size=4)  # Lightning starts them
+    check_launch(world_size=4)  # Lightning starts them
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    parsing.check_launch(world_size=2)
+    check_launch(world_size=2)
     with pytest.raises(ValueError, match=r"^trainer.devices: 2 processes were started, but 1 would train together"):
-        parsing.check_launch(world_size=1)
+        check_launch(world_size=1)
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_JOB_NAME", "training")
-    parsing.check_launch(world_size=8)
+    check_launch(world_size=8)
     with pytest.raises(ValueError, match=r"^trainer.devices: 8 processes"):
-        parsing.check_launch(world_size=4)
+        check_launch(world_size=4)
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    parsing.check_launch(world_size=4)  # in a batch job without srun, Lightning starts them again
+    check_launch(world_size=4)  # in a batch job without srun, Lightning starts them again
 
 
 def start(folder: Path, *args: str) -> subprocess.Popen[str]:

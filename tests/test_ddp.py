@@ -26,6 +26,16 @@ multiprocessing.set_forkserver_preload(
 STEPS = 20
 
 
+class Counting(ODESampler):
+    """Knows which seeds it was given."""
+
+    drawn: tuple[int, ...] = ()
+
+    def sample(self, model, seeds, labels=None, trajectory=False):
+        self.drawn += tuple(seeds.tolist())
+        return super().sample(model, seeds, labels, trajectory)
+
+
 class Report(pl.Callback):
     """Every rank writes down what it ends with, and rank 0 what was logged."""
 
@@ -44,6 +54,7 @@ class Report(pl.Callback):
             "world_size": dist.get_world_size() if dist.is_initialized() else 1,
             "logged": [{key: value for key, value in row.items() if key != pace} for row in logged],
             "quality": callbacks[QualityCurve].latest,
+            "drawn": sorted(callbacks[SampleGrid].sampler.drawn),
         }
         torch.save(report, self.folder / f"report-{trainer.global_rank}.pt")
 
@@ -56,7 +67,7 @@ def run(folder: Path, steps: int = STEPS, dropout: float = 0.0, transport: bool 
     curve = QualityCurve(120, 70, metrics=("fid",), sampler=few, batch_size=16, cache=f"{folder}/cache")
     callbacks = (
         EMA([100]),
-        SampleGrid(120, few, columns=2),
+        SampleGrid(120, Counting("euler", 4), columns=2),
         curve,
         Checkpoint(60, keep=9),
         TrainingLog(),
@@ -112,6 +123,9 @@ def test_ranks_together_train_what_one_trains(ranks, alone, tmp_path):
     for row, expected in zip(reports[0]["logged"], alone["logged"], strict=True):
         assert row == pytest.approx(expected, rel=1e-4)
     assert names(tmp_path / "samples", "*") == ["000000120.png", "000000240.png"]
+    drawn = sorted(seed for report in reports for seed in report["drawn"])
+    assert drawn == alone["drawn"]  # each image by one of the ranks
+    assert min(len(report["drawn"]) for report in reports) > 0
     numbered = [f"{images:09d}.ckpt" for images in (60, 120, 180, 240)]
     assert names(tmp_path / "checkpoints") == [*numbered, "best.ckpt", "last.ckpt"]
 
@@ -120,8 +134,8 @@ def test_accumulation_is_the_same_on_one_rank_and_on_two(tmp_path):
     (alone,) = train(tmp_path / "1", 1, accumulate_grad_batches=2)
     for report in train(tmp_path / "2", 2, accumulate_grad_batches=2):
         assert report["images_seen"] == 240
-        assert_close(report["weights"], alone["weights"], 1e-5)
-        assert_close(report["ema"], alone["ema"], 1e-5)
+        assert_close(report["weights"], alone["weights"], 5e-5)  # rounding; noise that repeats would differ by 1e-2
+        assert_close(report["ema"], alone["ema"], 5e-5)
 
 
 def test_groups_of_a_coupling_span_ranks(tmp_path):

@@ -189,7 +189,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
 
 def test_samplers_by_name():
     ode, sde = build_sampler("unipc", 5, None, 1.5), build_sampler("euler_maruyama", sigma=0.5)
-    assert (ode.name, sde.name) == ("unipc5+cfg1.5", "eulermaruyama250")
+    assert (ode.name, sde.name) == ("unipc5+cfg1.5", "eulermaruyama250+constant_value0.5")
     assert sde.sigma == ConstantDiffusion(0.5)
     assert build_sampler("stochastic_heun", 10, sigma=BetaDiffusion(2.0)).sigma == BetaDiffusion(2.0)
 

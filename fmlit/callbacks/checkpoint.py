@@ -1,12 +1,19 @@
 """Checkpoints every so many images: the newest few, and ``last.ckpt``, which points at the newest."""
 
+import logging
 import os
 from pathlib import Path
+from typing import Literal, get_args
 
 import lightning.pytorch as pl
 
 from fmlit.callbacks.intervals import EveryImages
+from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
+
+log = logging.getLogger(__name__)
+
+OnError = Literal["abort", "continue"]
 
 
 class Checkpoint(EveryImages):
@@ -19,19 +26,35 @@ class Checkpoint(EveryImages):
     Args:
         every: interval in training images; null for never.
         keep: number of checkpoints to keep.
+        on_error: what a full disk or a lost mount means: "abort" the run, or warn and "continue" until the next is due,
+            which risks all that is learnt in between.
     """
 
-    def __init__(self, every: int | None = 500_000, keep: int = 2) -> None:
+    def __init__(self, every: int | None = 500_000, keep: int = 2, on_error: OnError = "abort") -> None:
         super().__init__(every)
         if keep < 1:
             raise ValueError(f"checkpoint.keep must be at least 1, got {keep}")
-        self.keep = keep
+        if on_error not in get_args(OnError):
+            raise ValueError(f"checkpoint.on_error must be one of {', '.join(get_args(OnError))}, got {on_error!r}")
+        self.keep, self.on_error = keep, on_error
         self.newest: Path | None = None
+
+    def now(self, trainer: pl.Trainer, module: GenerativeModule) -> Path | None:
+        """Save outside of the interval, unless that was just done; returns the newest checkpoint."""
+        if self._acted_at != module.images_seen or self.newest is None:
+            self._timed_act(trainer, module)
+        return self.newest
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         folder = Path(trainer.default_root_dir) / "checkpoints"
-        self.newest = folder / _name(module.images_seen)
-        trainer.save_checkpoint(self.newest)  # on all ranks: it waits for them
+        path = folder / _name(module.images_seen)
+        if problem := save(trainer, path):
+            if self.on_error == "abort":
+                raise OSError(problem)
+            if trainer.is_global_zero:
+                log.warning("%s; training goes on", problem)
+            return
+        self.newest = path
         if trainer.is_global_zero:
             _point(folder / "last.ckpt", self.newest)
             # As numbers: names grow longer at 10^9 images.
@@ -40,6 +63,17 @@ class Checkpoint(EveryImages):
             for images in seen:  # those ahead were left by a run that was resumed from before them
                 if images not in past[-self.keep :]:
                     trainer.strategy.remove_checkpoint(folder / _name(images))
+
+
+def save(trainer: pl.Trainer, path: Path) -> str:
+    """Save a checkpoint; all ranks call it. Returns why that failed, on every rank, or nothing."""
+    problem = ""
+    try:
+        trainer.save_checkpoint(path)
+    except OSError as error:  # on rank 0, which writes
+        problem = str(error)
+        trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait for it
+    return Ranks.current().from_first(lambda: problem)
 
 
 def _name(images_seen: int) -> str:

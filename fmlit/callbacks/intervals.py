@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from fmlit.callbacks.ema import EMA
 from fmlit.couplings import IndependentCoupling
 from fmlit.generative import GenerativeModel
+from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
 from fmlit.samplers import ChurnSampler, Sampler, SDESampler
 
@@ -15,7 +16,8 @@ from fmlit.samplers import ChurnSampler, Sampler, SDESampler
 class EveryImages(pl.Callback):
     """Runs ``act`` whenever the number of images seen passes a multiple of ``every``, and at the last step.
 
-    Keyed by images, so that a recipe means the same for any batch size. ``seconds`` is the time spent so far.
+    Keyed by images, so that a recipe means the same for any batch size. What fails on one rank ends all of them, with
+    the cause named. ``seconds`` is the time spent so far.
     """
 
     def __init__(self, every: int | None) -> None:
@@ -57,7 +59,9 @@ class EveryImages(pl.Callback):
     def _timed_act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         started = time.perf_counter()
         self._acted_at = module.images_seen
-        self.act(trainer, module)
+        module.check_finite()  # nothing is drawn, scored or kept of a model that has come apart
+        with Ranks.current().failing_together():
+            self.act(trainer, module)
         self.seconds += time.perf_counter() - started
 
 

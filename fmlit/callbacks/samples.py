@@ -4,19 +4,22 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from fmlit.callbacks.intervals import EveryImages, check_sampler, sampled_model
+from fmlit.generative import GenerativeModel
+from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
 from fmlit.pictures import draw_samples
-from fmlit.randomness import image_seeds
-from fmlit.samplers import ODESampler, Sampler
+from fmlit.samplers import ODESampler, Sampler, generate
 
 MOST_ROWS = 16
 POINTS = 4096
+BATCHES = 4  # of a grid: how many ranks can share it
 
 
 class SampleGrid(EveryImages):
-    """Draws a grid of samples from the averaged weights, from the same noise every time, on rank 0.
+    """Draws a grid of samples from the averaged weights, from the same noise every time; up to four ranks share it.
 
     Written to ``<run>/samples/<images seen>.png`` and sent to every logger that takes pictures. A class-conditional
     model shows one class per row. Data that are vectors are plotted instead.
@@ -44,15 +47,14 @@ class SampleGrid(EveryImages):
             check_sampler(self.sampler, pl_module, "samples.sampler")
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
-        if not trainer.is_global_zero:
-            return
         model = sampled_model(trainer, module)
         classes = model.num_classes
         rows = self.columns if classes is None else min(classes, MOST_ROWS)
         count = rows * self.columns if len(model.shape) == 3 else POINTS
-        indices = torch.arange(count)
-        labels = None if classes is None else (indices // self.columns) % classes
-        samples = self.sampler.sample(model, image_seeds(self.seed, indices), labels)
+        labels = None if classes is None else (torch.arange(count) // self.columns) % classes
+        samples = self._draw(model, count, labels)
+        if not trainer.is_global_zero:
+            return
         picture = draw_samples(samples, self.columns)
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -63,3 +65,14 @@ class SampleGrid(EveryImages):
                 logger.log_picture("samples", picture, module.images_seen, trainer.global_step)
             elif hasattr(logger, "log_image"):
                 logger.log_image("samples", [picture], step=trainer.global_step)
+
+    def _draw(self, model: GenerativeModel, count: int, labels: Tensor | None) -> Tensor:
+        """Samples 0 ... count - 1 in their order, on every rank."""
+        ranks, size = Ranks.current(), -(-count // BATCHES)
+        with ranks.failing_together():
+            shares = generate(model, self.sampler, count, self.seed, size, labels, ranks.rank, ranks.size)
+            drawn = [(torch.tensor(indices), samples) for indices, samples in shares]
+        nothing = torch.zeros(0, *model.shape, device=model.device)
+        order = ranks.gather_rows(torch.cat([torch.zeros(0, dtype=torch.int64), *(indices for indices, _ in drawn)]))
+        samples = ranks.gather_rows(torch.cat([nothing, *(samples for _, samples in drawn)]))
+        return samples[order.argsort().to(samples.device)]

@@ -82,6 +82,7 @@ class TrainingLog(pl.Callback):
         self._costs.clear()
         self._since = now
         log_metrics(trainer, module, {**self.latest, **by_time, **costs})
+        module.check_finite()
 
 
 def _pauses(trainer: pl.Trainer) -> float:

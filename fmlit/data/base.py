@@ -1,5 +1,6 @@
 """``DataModule``: what every data set has in common. A new one states its shape and classes and writes ``load``."""
 
+import signal
 from abc import ABC, abstractmethod
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -92,6 +93,7 @@ class DataModule(LightningDataModule, ABC):
             collate_fn=as_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_outlive_sigterm,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             generator=torch.Generator().manual_seed(self.seed),  # else each start takes a draw from the global one
         )
@@ -130,3 +132,11 @@ class DataModule(LightningDataModule, ABC):
                 f"{accumulated} accumulated batches): choose {choices}"
             )
         return Share(self.batch_size // parts, trainer.global_rank, world_size)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A preempted job gets the signal in all its processes, and training needs its workers until it has saved.
+
+    They end with the process that started them.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

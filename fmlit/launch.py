@@ -1,0 +1,57 @@
+"""How processes are launched and meet: what is asked of Lightning for each kind of launch, and checked before it."""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+
+COLLECTIVES = timedelta(minutes=10)  # a rank that has not answered by then is lost; Lightning waits for 30
+
+
+def check_launch(world_size: int) -> None:
+    """Raise a ValueError if torchrun or srun started more processes than train together.
+
+    Lightning would let each train alone, all in the same folder.
+    """
+    environment = os.environ
+    started = 1
+    if environment.keys() >= {"RANK", "WORLD_SIZE"}:
+        started = int(environment["WORLD_SIZE"])
+    elif SLURMEnvironment.detect():
+        started = int(environment["SLURM_NTASKS"])
+    if started > 1 and started != world_size:
+        raise ValueError(
+            f"trainer.devices: {started} processes were started, but {world_size} would train together; set it to the "
+            f"processes of a node, trainer.num_nodes to the number of nodes, and trainer.strategy to ddp"
+        )
+
+
+def cluster_plugins(given: Sequence[Any]) -> list[ClusterEnvironment]:
+    """Slurm's environment where Lightning would choose it, without its own requeueing inside a signal handler.
+
+    Args:
+        given: the user's plugins, of which a cluster environment goes first.
+    """
+    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in given) or TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() and not chosen else []
+
+
+def better_strategy(given: Any, trainer: pl.Trainer) -> DDPStrategy | None:
+    """What to train with in place of Lightning's choice; None where that is as good, or was made by the user.
+
+    Every step runs the same network, so that its graph is static, and gradients need no copy of their own.
+    """
+    if given not in ("auto", "ddp") or not isinstance(trainer.strategy, DDPStrategy):
+        return None
+    return DDPStrategy(static_graph=True, gradient_as_bucket_view=True, timeout=COLLECTIVES)
+
+
+def best_precision(accelerator: Any) -> str:
+    """bf16-mixed on GPUs that compute in bfloat16 (float32 weights, optimiser and averages), float32 elsewhere."""
+    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
