@@ -1,0 +1,82 @@
+"""Failures in the middle of training: gradients that are not finite, full disks, compiled checkpoints."""
+
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from jobs import Job
+
+from fmlit.modules import FlowMatchingModule
+
+pytestmark = pytest.mark.faults
+
+
+def _not_finite(rank: int) -> None:
+    loss = FlowMatchingModule.loss
+
+    def broken(self, *args):
+        losses = loss(self, *args)
+        return losses * torch.nan if self.images_seen >= 300 and rank == int(os.environ["WORLD_SIZE"]) - 1 else losses
+
+    FlowMatchingModule.loss = broken
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(ranks, tmp_path):
+    job = Job(tmp_path, ranks=ranks, fault=_not_finite, environment={"WORLD_SIZE": str(ranks)} if ranks == 1 else None)
+    first, *others = job.outcomes()
+    assert [outcome.code for outcome in (first, *others)] == [2] * ranks
+    assert first.err.startswith(
+        f"error: the gradient is not finite after 312 images, where the loss was not finite on rank {ranks - 1}; "
+    )
+    last = job.last()
+    assert last["images_seen"] == 300
+    assert all(torch.isfinite(value).all() for value in last["state_dict"].values())
+
+
+def _disk_full_after_100_kb(rank: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_leaves_what_was_there(tmp_path):
+    healthy = Job(tmp_path, "--images=60")
+    healthy.finish()
+    for ranks in (1, 2):
+        outcomes = Job(tmp_path, ranks=ranks, fault=_disk_full_after_100_kb).outcomes()
+        assert [outcome.code for outcome in outcomes] == [2] * ranks
+        line = outcomes[0].err.splitlines()[-1]
+        assert line.startswith("error: cannot write checkpoint 000000120.ckpt in ")
+        assert "File too large; earlier checkpoints are untouched; free space there" in line
+        assert healthy.last()["images_seen"] == 60
+        assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_run_may_go_on_without_a_checkpoint(tmp_path):
+    options = ("--images=240", "--checkpoint.on_error=continue")
+    Job(tmp_path, "--images=60").finish()
+    for ranks in (1, 2):
+        job = Job(tmp_path, *options, ranks=ranks, fault=_disk_full_after_100_kb)
+        outcomes = job.outcomes()
+        assert [outcome.code for outcome in outcomes] == [0] * ranks
+        assert outcomes[0].err.count("training goes on") == 3  # after 120, 180 and 240 images
+        assert outcomes[0].summary["images_seen"] == 240
+        assert job.last()["images_seen"] == 60
+    assert Job(tmp_path, *options).finish()["images_seen"] == 240
+
+
+def test_a_checkpoint_of_a_network_wrapped_by_compile_is_gone_on_with(tmp_path):
+    job = Job(tmp_path, "--images=120")
+    saved = job.finish()
+    for state in (saved["state_dict"], *saved["ema"].values()):
+        for name in list(state):
+            wrapped = (
+                name.replace("model.net.", "model.net._orig_mod.") if "model.net." in name else f"_orig_mod.{name}"
+            )
+            state[wrapped] = state.pop(name)
+    path = job.run / "checkpoints" / "000000120.ckpt"
+    path.with_suffix(".ckpt.sha256").unlink()
+    torch.save(saved, path)
+    assert Job(tmp_path, "--images=180").finish()["images_seen"] == 180

@@ -1,0 +1,160 @@
+"""Signals: a checkpoint, the agreement of all ranks, a requeued job, exit code 143; and what kill -9 leaves behind."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import Job, assert_same_training
+from soak import soak
+
+from fmlit.callbacks import SampleGrid
+from fmlit.samplers import ODESampler
+
+pytestmark = pytest.mark.faults
+IN_THE_MIDDLE = 240  # images, of 2,400
+
+
+def trained(job: Job) -> bool:
+    return any(images >= IN_THE_MIDDLE for images in job.checkpoints)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def whole(request, tmp_path_factory):
+    """The number of ranks, and the last checkpoint of a run that nothing has interrupted."""
+    job = Job(tmp_path_factory.mktemp("whole"), ranks=request.param)
+    return request.param, job.finish()
+
+
+def test_a_killed_run_ends_in_the_weights_of_an_uninterrupted_one(whole, tmp_path):
+    ranks, expected = whole
+    for images in (IN_THE_MIDDLE, 900, 1500):
+        job = Job(tmp_path, ranks=ranks)
+        job.wait_until(lambda job, images=images: any(seen >= images for seen in job.checkpoints))
+        job.signal(signal.SIGKILL)
+        job.outcomes()
+    assert_same_training(Job(tmp_path, ranks=ranks).finish(), expected)
+
+
+@pytest.mark.parametrize(("ranks", "target"), [(1, 0), (2, 0), (2, 1)])
+def test_sigterm_to_any_rank_ends_all_with_one_checkpoint(ranks, target, tmp_path):
+    job = Job(tmp_path, ranks=ranks)
+    job.wait_until(trained)
+    job.signal(signal.SIGTERM, target)
+    first, *others = job.outcomes()
+    assert [outcome.code for outcome in (first, *others)] == [143] * ranks
+    saved = job.last()["images_seen"]
+    path = job.run / "checkpoints" / f"{saved:09d}.ckpt"
+    assert first.err == f"preempted by SIGTERM: saved {path}; --resume goes on\n"
+    assert all(outcome.err == "" for outcome in others)
+    assert '"preempted": "SIGTERM"' in first.out.splitlines()[-1]
+    assert job.rows == 1 + saved // 12  # not a step after it
+
+
+def test_a_preempted_run_ends_in_the_weights_of_an_uninterrupted_one(whole, tmp_path):
+    ranks, expected = whole
+    job = Job(tmp_path, ranks=ranks)
+    job.wait_until(trained)
+    job.signal(signal.SIGUSR1)  # as Slurm does, to all
+    assert {outcome.code for outcome in job.outcomes()} == {143}
+    assert_same_training(Job(tmp_path, ranks=ranks).finish(), expected)
+
+
+def _signalled_while_sampling(rank: int) -> None:
+    sample = ODESampler.sample
+
+    def interrupted(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return sample(self, *args, **kwargs)
+
+    ODESampler.sample = interrupted
+
+
+def test_a_signal_while_sampling_waits_until_the_picture_is_complete(tmp_path):
+    options = ("--samples.every=120", "--samples.columns=2", "--samples.sampler.steps=3")
+    job = Job(tmp_path, *options, fault=_signalled_while_sampling)
+    (outcome,) = job.outcomes()
+    assert outcome.code == 143
+    assert [path.name for path in (job.run / "samples").iterdir()] == ["000000120.png"]
+    saved = job.last()
+    assert saved["images_seen"] == 120
+    plain = Job(tmp_path / "plain", *options, "--images=120") if (tmp_path / "plain").mkdir() is None else None
+    expected = plain.finish()
+    assert_same_training(saved, expected)  # weights and averages are not mixed up
+    names = [name for name in saved["state_dict"] if name.startswith("model.net.")]
+    average = saved["ema"]["ema_200"]
+    assert any(not torch.equal(saved["state_dict"][name], average[name.removeprefix("model.net.")]) for name in names)
+
+
+def _scontrol(folder: Path, code: int = 0) -> dict[str, str]:
+    """A Slurm job's environment with a scontrol that writes down how it was called."""
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "scontrol"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {folder}/calls\necho "Invalid job id" >&2\nexit {code}\n')
+    program.chmod(0o755)
+    return {"SLURM_JOB_ID": "17", "PATH": f"{program.parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(
+    ("case", "calls", "said"),
+    [
+        ("job", ["requeue 17"], "job 17 is requeued"),
+        ("array", ["requeue 12_3"], "job 12_3 is requeued"),
+        ("failing", ["requeue 17"], "job 17 is not requeued: scontrol said: Invalid job id; sbatch it again"),
+        ("missing", [], "job 17 is not requeued: there is no scontrol here; sbatch it again, with --resume"),
+        ("no slurm", [], "not requeued, as this is no Slurm job; --resume goes on"),
+        ("cancelled", [], "--resume goes on"),
+    ],
+)
+def test_sigusr1_requeues_a_slurm_job(case, calls, said, tmp_path):
+    environment = _scontrol(tmp_path, code=1 if case == "failing" else 0)
+    if case == "array":
+        environment |= {"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    if case == "missing":
+        environment["PATH"] = str(tmp_path)
+    if case == "no slurm":
+        environment = {}
+    job = Job(tmp_path, environment=environment)
+    job.wait_until(trained)
+    job.signal(signal.SIGTERM if case == "cancelled" else signal.SIGUSR1)
+    (outcome,) = job.outcomes()
+    assert outcome.code == 143
+    assert said in outcome.err
+    assert job.last()["images_seen"] >= IN_THE_MIDDLE
+    log = tmp_path / "calls"
+    assert (log.read_text().splitlines() if log.exists() else []) == calls
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_other(victim, tmp_path):
+    job = Job(tmp_path, ranks=2)
+    job.wait_until(trained)
+    job.signal(signal.SIGKILL, victim)
+    outcomes = job.outcomes(timeout_s=60)
+    survivor = outcomes[1 - victim]
+    assert outcomes[victim].code == -9
+    assert survivor.code not in (0, -9)  # it has ended by itself
+    assert "lost another process" in survivor.err
+
+
+def _draws_nothing(rank: int) -> None:
+    def sample(self, *args, **kwargs):
+        raise RuntimeError("no memory left for the picture")
+
+    if rank == 1:
+        SampleGrid._draw.__globals__["generate"] = lambda *args: iter([sample(None)])
+
+
+def test_an_error_of_one_rank_while_sampling_ends_both_and_is_named(tmp_path):
+    options = ("--samples.every=120", "--samples.columns=2", "--samples.sampler.steps=3")
+    outcomes = Job(tmp_path, *options, ranks=2, fault=_draws_nothing).outcomes()
+    assert [outcome.code for outcome in outcomes] == [1, 1]
+    assert "RuntimeError: no memory left for the picture" in outcomes[1].err
+    assert "RuntimeError: rank 1: no memory left for the picture" in outcomes[0].err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_short_soak(ranks, tmp_path):
+    assert soak(tmp_path, kills=8, ranks=ranks).late > 0
