@@ -25,7 +25,7 @@ from fmlit.callbacks import EMA, Checkpoint, Preempted, Preemption, ProgressBar,
 from fmlit.callbacks.intervals import EveryImages
 from fmlit.checkpoints import AtomicCheckpointIO
 from fmlit.data.base import DataModule
-from fmlit.launch import best_precision, better_strategy, check_launch, cluster_plugins
+from fmlit.launch import best_precision, better_strategy, check_launch, cluster_plugins, launched_processes
 from fmlit.loggers import MetricsFile
 from fmlit.modules import GenerativeModule
 from fmlit.parsing import HELP, Parser, check_arguments, check_network, config_files
@@ -196,6 +196,7 @@ class TrainingCLI(LightningCLI):
             "use_distributed_sampler": False,  # the data modules deal images to ranks themselves
             "max_epochs": -1,
             "max_steps": steps,
+            **launched_processes(given),
             "precision": given["precision"] or best_precision(given["accelerator"]),
             "logger": [MetricsFile(self.run_folder, self.start.step), *loggers],
             "callbacks": [*filter(None, callbacks), TrainingLog(), *bar],

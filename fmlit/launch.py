@@ -1,7 +1,7 @@
 """How processes are launched and meet: what is asked of Lightning for each kind of launch, and checked before it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,24 @@ from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvir
 from lightning.pytorch.strategies import DDPStrategy
 
 COLLECTIVES = timedelta(minutes=10)  # a rank that has not answered by then is lost; Lightning waits for 30
+
+
+def launched_processes(given: Mapping[str, Any]) -> dict[str, int]:
+    """``devices`` and ``num_nodes`` of a Trainer as torchrun or srun has started processes, unless they are given.
+
+    Lightning takes all GPUs of one node, or one CPU, and stops where that is something else. Under an elastic torchrun
+    the numbers change from one attempt to the next.
+    """
+    environment = os.environ
+    if given["devices"] != "auto" or given["num_nodes"] != 1:
+        return {}
+    if environment.keys() >= {"WORLD_SIZE", "LOCAL_WORLD_SIZE"}:
+        local = int(environment["LOCAL_WORLD_SIZE"])
+        return {"devices": local, "num_nodes": int(environment["WORLD_SIZE"]) // local}
+    if SLURMEnvironment.detect() and int(environment["SLURM_NTASKS"]) > 1:
+        nodes = int(environment.get("SLURM_NNODES", 1))
+        return {"devices": int(environment["SLURM_NTASKS"]) // nodes, "num_nodes": nodes}
+    return {}
 
 
 def check_launch(world_size: int) -> None:

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
@@ -141,6 +142,12 @@ def _launch() -> tuple[str | None, bool]:
     restarted = any(int(count) > 0 for count in counts)
     if job := os.environ.get("SLURM_JOB_ID"):  # of an array, each task has its own; a job may run several steps
         return f"slurm {job}.{os.environ.get('SLURM_STEP_ID', 'batch')}", restarted
+    meeting = _find_meeting(alone=True)
+    if meeting is not None and meeting.served:
+        # Not by its count of restarts, which stays the same where nodes come or go.
+        name = f"fmlit/launch {uuid.uuid4().hex}"
+        launch = _connect(meeting, timeout_s=60).compare_set("fmlit/launch", "", name).decode()
+        return launch, launch != name
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         return f"torchrun {address if run == 'none' else run}", restarted  # "none" is what every launch gets
@@ -160,11 +167,10 @@ def agree(decide: Callable[[], str], timeout_s: float = 300.0) -> str:
     call = next(_calls)
     meeting = _find_meeting()
     if meeting is not None:
-        # torchrun's store outlives restarts, and so does what was said in it.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        key = f"fmlit/{call}/{attempt}/{meeting.world_size}"
-        store = _connect(meeting, timeout_s)
-        return _listen(store, key, meeting.rank) if meeting.rank else _announce(store, key, decide, meeting.world_size)
+        store, key = _connect(meeting, timeout_s), f"fmlit/{call}"
+        if meeting.rank:
+            return _listen(store, key, meeting.rank, timeout_s)
+        return _announce(store, key, decide, meeting.world_size, timeout_s)
     variable = f"FMLIT_AGREED_{call}"
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[variable] = decide()
@@ -184,8 +190,8 @@ class _Meeting(NamedTuple):
     served: bool  # by torchrun's agent, which runs a store of its own
 
 
-def _find_meeting() -> _Meeting | None:
-    """Where the processes of this launch meet; None for a single one, and for Lightning's launcher."""
+def _find_meeting(alone: bool = False) -> _Meeting | None:
+    """Where the processes of this launch meet; None for Lightning's launcher, and unless ``alone`` for a single one."""
     env = os.environ
     meeting = None
     if env.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
@@ -204,7 +210,7 @@ def _find_meeting() -> _Meeting | None:
             meeting = _Meeting(slurm.global_rank(), slurm.world_size(), slurm.main_address, slurm.main_port, False)
     if meeting is None and int(env.get("NODE_RANK", 0)) > 0 and "LOCAL_RANK" not in env:
         raise ValueError(f"NODE_RANK is {env['NODE_RANK']}: to train on several nodes, launch with torchrun or srun")
-    return meeting if meeting is not None and meeting.world_size > 1 else None
+    return meeting if meeting is not None and (alone or meeting.world_size > 1) else None
 
 
 def _connect(meeting: _Meeting, timeout_s: float) -> TCPStore:
@@ -226,10 +232,21 @@ def _connect(meeting: _Meeting, timeout_s: float) -> TCPStore:
     return store
 
 
-def _listen(store: TCPStore, key: str, rank: int) -> str:
+def _listen(store: TCPStore, key: str, rank: int, timeout_s: float) -> str:
+    mine, until = uuid.uuid4().hex, time.monotonic() + timeout_s
     try:
-        answer = json.loads(store.get(key))
-        store.set(f"{key}/{rank}", "heard")
+        while True:
+            said = f"{key}/{store.get(f'{key}/leader').decode()}"
+            store.set(f"{said}/{rank}", mine)
+            try:
+                store.wait([f"{said}/{mine}"], timedelta(seconds=min(1.0, timeout_s)))
+            except RuntimeError:
+                if time.monotonic() > until:
+                    raise
+                continue  # that was the rank 0 of an earlier round, or it is slow
+            answer = json.loads(store.get(said))
+            store.set(f"{said}/{mine}/heard", "")
+            break
     except RuntimeError as error:
         raise TimeoutError(
             f"rank {rank} heard nothing from rank 0 ({_first_line(error)}); look at what that says"
@@ -239,21 +256,36 @@ def _listen(store: TCPStore, key: str, rank: int) -> str:
     return answer["value"]
 
 
-def _announce(store: TCPStore, key: str, decide: Callable[[], str], world_size: int) -> str:
+def _announce(store: TCPStore, key: str, decide: Callable[[], str], world_size: int, timeout_s: float) -> str:
+    """Say it to every rank of this round, and to none of an earlier one.
+
+    torchrun's store outlives restarts and changes of membership, and so does what was said in it. So both sides have
+    names of this round, and an answer counts where it was confirmed under both.
+    """
     failure: Exception | None = None
     try:
         answer = {"value": decide()}
     except Exception as error:
         failure, answer = error, {"error": _first_line(error)}
-    store.set(key, json.dumps(answer))
-    others = [f"{key}/{rank}" for rank in range(1, world_size)]
-    with contextlib.suppress(RuntimeError):
-        store.wait(others)  # the store ends with this process, so all must have heard before it may
+    leader = uuid.uuid4().hex
+    said = f"{key}/{leader}"
+    store.set(said, json.dumps(answer))
+    store.set(f"{key}/leader", leader)
+    missing = set(range(1, world_size))
+    until = time.monotonic() + timeout_s
+    while missing and time.monotonic() < until:
+        time.sleep(0.01)
+        for rank in [rank for rank in missing if store.check([f"{said}/{rank}"])]:
+            name = store.get(f"{said}/{rank}").decode()
+            store.set(f"{said}/{name}", "")
+            if store.check([f"{said}/{name}/heard"]):  # the store ends with this process, so all must have heard before
+                missing.remove(rank)
     if failure is not None:
         raise failure
-    missing = [rank for rank, other in enumerate(others, start=1) if not store.check([other])]
     if missing:
-        raise TimeoutError(f"ranks {missing} of {world_size} did not come; was the script started by torchrun or srun?")
+        raise TimeoutError(
+            f"ranks {sorted(missing)} of {world_size} did not come; was the script started by torchrun or srun?"
+        )
     return answer["value"]
 
 

@@ -79,8 +79,6 @@ class Job:
         if not recipe.exists():
             recipe.write_text(RECIPE)
         args = ("--runs", str(folder / "runs"), "--name", "job", "--resume", "auto", *args)
-        if ranks > 1:
-            args = (*args, "--trainer.devices", str(ranks), "--trainer.strategy", "ddp")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

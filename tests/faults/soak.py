@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # run as a script
 
-from jobs import RECIPE, Job, assert_same_training
+from jobs import RECIPE, Job, assert_same_training  # noqa: E402
 
-from fmlit.checkpoints import load, newest_valid
+from fmlit.checkpoints import load, newest_valid  # noqa: E402
 
 INTERVAL = 5  # steps between checkpoints: 60 images in batches of 12
 STEPS_PER_KILL = 12
@@ -87,7 +87,7 @@ if __name__ == "__main__":
     seen = soak(scratch, **vars(options))
     shutil.rmtree(scratch)
     print(
-        f"soak: {options.kills} kills of {options.ranks} process(es), {seen.early} of them while starting; final weights, "
-        f"averages and optimiser equal to the uninterrupted run's; at most {seen.most_lost} steps lost, with a checkpoint "
-        f"every {INTERVAL}; {time.monotonic() - started:.0f} s"
+        f"soak: {options.kills} kills of {options.ranks} process(es), {seen.early} of them while starting; final "
+        f"weights, averages and optimiser equal to the uninterrupted run's; at most {seen.most_lost} steps lost, with "
+        f"a checkpoint every {INTERVAL}; {time.monotonic() - started:.0f} s"
     )
