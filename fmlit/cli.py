@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -22,7 +22,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 import fmlit
 from fmlit import errors, networks, runs  # noqa: F401  # networks, so that --model.net UNet needs no longer path
 from fmlit.callbacks import EMA, Checkpoint, Preempted, Preemption, ProgressBar, QualityCurve, SampleGrid, TrainingLog
-from fmlit.callbacks.intervals import EveryImages
 from fmlit.checkpoints import AtomicCheckpointIO
 from fmlit.data.base import DataModule
 from fmlit.launch import best_precision, better_strategy, check_launch, cluster_plugins, launched_processes
@@ -30,6 +29,7 @@ from fmlit.loggers import MetricsFile
 from fmlit.modules import GenerativeModule
 from fmlit.parsing import HELP, Parser, check_arguments, check_network, config_files
 from fmlit.resume import Start, find_start
+from fmlit.summary import callback, headline, summary
 
 # Trainer options that would be accepted and then ignored: the stream of batches is endless and its length is in images,
 # there is no validation loop, and run folder, checkpoints and their hash are ours.
@@ -49,9 +49,6 @@ PARTS = {
     "preemption": Preemption,  # after all that acts at the end of a step
 }
 PREEMPTED = 128 + signal.SIGTERM  # the exit code, whichever signal it was: what schedulers take for an ended job
-
-
-C = TypeVar("C", bound=pl.Callback)
 
 
 class RunConfig(SaveConfigCallback):
@@ -78,7 +75,7 @@ class TrainingCLI(LightningCLI):
     run_folder: Path
     start = Start()
     _fresh = True
-    _fit_seconds = math.inf
+    fit_seconds = math.inf
 
     def __init__(self, args: Sequence[str]) -> None:
         check_arguments(args)
@@ -215,10 +212,10 @@ class TrainingCLI(LightningCLI):
     def fit(self) -> None:
         """Train. A run folder in which nothing was learnt is removed again."""
         if self.trainer.is_global_zero:
-            print(self._headline(), flush=True)
+            print(headline(self.trainer, self.model, self.datamodule, self.start), flush=True)
         started = time.perf_counter()
         try:
-            with self._callback(Preemption).listening():
+            with callback(self.trainer, Preemption).listening():
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
             if self.trainer.is_global_zero and self.trainer.global_step:
@@ -230,7 +227,7 @@ class TrainingCLI(LightningCLI):
             reason = str(error).splitlines()[0].partition(". ")[0]
             raise ConnectionError(f"lost another process, which says why or was killed ({reason})") from error
         finally:
-            self._fit_seconds = time.perf_counter() - started
+            self.fit_seconds = time.perf_counter() - started
             if self.trainer.global_step == 0:
                 self.discard()
 
@@ -238,44 +235,6 @@ class TrainingCLI(LightningCLI):
         """Remove the run folder, if this process made it."""
         if self._fresh and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             shutil.rmtree(self.run_folder, ignore_errors=True)
-
-    def _headline(self) -> str:
-        model = self.model.model
-        parameters = sum(p.numel() for p in model.net.parameters())
-        steps, batch = self.trainer.max_steps, self.datamodule.batch_size
-        return (
-            f"{self.run_folder}: {type(self.model).__name__}, {type(model.path).__name__}, "
-            f"{type(model.net).__name__} of {parameters:,} parameters on {type(self.datamodule).__name__}; "
-            f"{steps * batch:,} images in {steps:,} steps of {batch}"
-            + (f"; resumed after {self.start.step:,} steps, {self.start.checkpoint}" if self.start.checkpoint else "")
-            + ("; nothing is left to train, --images sets the length" if self.start.step >= steps else "")
-        )
-
-    def _callback(self, kind: type[C]) -> C:
-        return next(c for c in self.trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
-
-    def summary(self, seconds: float) -> dict[str, Any]:
-        """What other programs want to know of the run."""
-        newest = {
-            "samples": self._callback(SampleGrid).newest,
-            "checkpoint": self._callback(Checkpoint).newest or self.start.checkpoint,
-        }
-        summary = {
-            "run": str(self.run_folder),
-            "images_seen": self.model.images_seen,
-            "steps": self.trainer.global_step,
-            "seconds": round(seconds, 1),
-            "loss": self._callback(TrainingLog).latest.get("loss"),
-            **{name: str(path) if path else None for name, path in newest.items()},
-            "share_of_time": {
-                key: round(self._callback(part).seconds / self._fit_seconds, 4)
-                for key, part in PARTS.items()
-                if issubclass(part, EveryImages)
-            },
-            **self._callback(QualityCurve).latest,
-        }
-        # JSON has no NaN.
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
 
 
 def train(args: Sequence[str], default_config: Path) -> None:
@@ -297,11 +256,11 @@ def train(args: Sequence[str], default_config: Path) -> None:
             except Preempted as error:
                 preempted = error
     if cli.trainer.is_global_zero:
-        summary = cli.summary(time.perf_counter() - started)
+        told = summary(cli.trainer, cli.model, cli.start, PARTS, time.perf_counter() - started, cli.fit_seconds)
         if preempted:
             print(f"preempted by {preempted}", file=sys.stderr)
-            summary["preempted"] = preempted.signal
-        print(json.dumps(summary), flush=True)
+            told["preempted"] = preempted.signal
+        print(json.dumps(told), flush=True)
     if preempted:
         raise SystemExit(PREEMPTED)
 

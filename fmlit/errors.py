@@ -38,18 +38,19 @@ def debugging() -> bool:
 def one_line_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
     """End the program with exit code 2 and one line on stderr where an error of these kinds is raised.
 
-    ``FMLIT_DEBUG=1`` shows the traceback instead.
+    A lost connection ends it with 1, as it is worth another try, and mistakes are not. ``FMLIT_DEBUG=1`` shows the
+    traceback instead.
     """
     try:
         yield
     except kinds as error:
         if debugging():
             raise
-        exit_with(f"{error}" or type(error).__name__)
+        exit_with(f"{error}" or type(error).__name__, code=1 if isinstance(error, ConnectionError) else 2)
 
 
-def exit_with(message: str, keys: Iterable[str] = ()) -> NoReturn:
-    """Print the condensed message and exit with code 2.
+def exit_with(message: str, keys: Iterable[str] = (), code: int = 2) -> NoReturn:
+    """Print the condensed message and exit.
 
     Of several processes rank 0 speaks for all. The others give it time to fail as well, which ends them or orphans
     them; where it goes on, the mistake is theirs alone and they say it.
@@ -60,7 +61,7 @@ def exit_with(message: str, keys: Iterable[str] = ()) -> NoReturn:
         time.sleep(RANK_0_FIRST_S)
     if os.getppid() == parent:
         print(f"error: {f'rank {rank}: ' if rank else ''}{condense(message, keys)}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def condense(message: str, keys: Iterable[str] = ()) -> str:

@@ -103,7 +103,7 @@ def test_a_mistake_that_only_one_process_meets_is_heard_and_ends_both(tmp_path: 
     broken.write_bytes(broken.read_bytes()[:100])
     data = ("--data=ImageFolder", f"--data.root={broken.parent}", "--data.size=8", "--data.num_workers=0")
     outcome = launch(tmp_path, *data, "--data.batch_size=4")
-    assert outcome.code == 2
+    assert outcome.code in (1, 2)  # as rank 0 has met the picture or lost the other
     lines = outcome.err.splitlines()
     assert sum(f"cannot read the picture {broken}" in line for line in lines) == 1
     assert all(re.match(r"error: (rank 1: )?(cannot read|lost another process)", line) for line in lines)

@@ -15,8 +15,9 @@ import pytest
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from fmlit import runs
-from fmlit.runs import agree, begin, claim, newest, wandb_id
+from fmlit import agreement
+from fmlit.agreement import agree
+from fmlit.runs import begin, claim, newest, wandb_id
 
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "FMLIT_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE")
 
@@ -43,7 +44,7 @@ def start(function, out, **env):
 
     def child():
         os.environ.update(env)
-        runs._calls = itertools.count()  # a process of its own starts counting anew
+        agreement._calls = itertools.count()  # a process of its own starts counting anew
         try:
             result = function()
         except Exception as error:
@@ -233,7 +234,7 @@ def test_torchrun_restart_comes_back_to_its_folder(tmp_path, monkeypatch):
 
 
 def test_child_of_lightnings_launcher_hears_from_its_parent(out, monkeypatch):
-    monkeypatch.setattr(runs, "_calls", itertools.count())
+    monkeypatch.setattr(agreement, "_calls", itertools.count())
     assert agree(lambda: "first") == "first"
     assert agree(lambda: "second") == "second"
     child = start(lambda: [agree(lambda: "wrong"), agree(lambda: "wrong")], out, LOCAL_RANK="1", WORLD_SIZE="2")
@@ -311,10 +312,10 @@ def test_missing_processes_are_named(out):
 
 SCRIPT = """
 import os, pathlib, sys, time
-from fmlit import runs
+from fmlit import agreement
 out, restarts = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 rank, attempt = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-agreed = [runs.agree(lambda: f"{call} {os.getpid()}") for call in range(2)]
+agreed = [agreement.agree(lambda: f"{call} {os.getpid()}") for call in range(2)]
 (out / f"{attempt}-{rank}").write_text(" ".join(agreed))
 if attempt < restarts:
     while not ((out / f"{attempt}-0").exists() and (out / f"{attempt}-1").exists()):

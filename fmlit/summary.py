@@ -1,0 +1,69 @@
+"""What a run says of itself: one line when it starts, and one of JSON when it ends."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+
+from fmlit.callbacks import Checkpoint, QualityCurve, SampleGrid, TrainingLog
+from fmlit.callbacks.intervals import EveryImages
+from fmlit.data.base import DataModule
+from fmlit.modules import GenerativeModule
+from fmlit.resume import Start
+
+C = TypeVar("C", bound=pl.Callback)
+
+
+def callback(trainer: pl.Trainer, kind: type[C]) -> C:
+    """The trainer's callback of that class."""
+    return next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
+
+
+def headline(trainer: pl.Trainer, module: GenerativeModule, data: DataModule, start: Start) -> str:
+    """What is going to be trained, where, and for how long."""
+    model = module.model
+    parameters = sum(p.numel() for p in model.net.parameters())
+    steps, batch = trainer.max_steps, data.batch_size
+    return (
+        f"{trainer.default_root_dir}: {type(module).__name__}, {type(model.path).__name__}, "
+        f"{type(model.net).__name__} of {parameters:,} parameters on {type(data).__name__}; "
+        f"{steps * batch:,} images in {steps:,} steps of {batch}"
+        + (f"; resumed after {start.step:,} steps, {start.checkpoint}" if start.checkpoint else "")
+        + ("; nothing is left to train, --images sets the length" if start.step >= steps else "")
+    )
+
+
+def summary(
+    trainer: pl.Trainer,
+    module: GenerativeModule,
+    start: Start,
+    parts: Mapping[str, type[pl.Callback]],
+    seconds: float,
+    fit_seconds: float,
+) -> dict[str, Any]:
+    """What other programs want to know of the run: files, progress, the last values, and what took the time.
+
+    Args:
+        trainer, module, start: the run.
+        parts: the callbacks of the configuration, by their keys.
+        seconds: from the start of the program.
+        fit_seconds: of them, in training.
+    """
+    acting = {key: callback(trainer, part) for key, part in parts.items() if issubclass(part, EveryImages)}
+    newest = {
+        "samples": callback(trainer, SampleGrid).newest,
+        "checkpoint": callback(trainer, Checkpoint).newest or start.checkpoint,
+    }
+    told = {
+        "run": trainer.default_root_dir,
+        "images_seen": module.images_seen,
+        "steps": trainer.global_step,
+        "seconds": round(seconds, 1),
+        "loss": callback(trainer, TrainingLog).latest.get("loss"),
+        **{name: str(path) if path else None for name, path in newest.items()},
+        "share_of_time": {key: round(part.seconds / fit_seconds, 4) for key, part in acting.items()},
+        **callback(trainer, QualityCurve).latest,
+    }
+    # JSON has no NaN.
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
