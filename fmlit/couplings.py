@@ -21,6 +21,10 @@ class Coupling(ABC):
 
     across_ranks: bool = False
 
+    def keeps_pairs(self, share: int) -> bool:
+        """Whether coupling slices of ``share`` rows gives the same pairs as coupling the whole batch."""
+        return True
+
     @abstractmethod
     def __call__(self, z: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
         """The rows of ``eps`` (B, *shape) in a new order, for data ``z`` (B, *shape) with labels (B,)."""
@@ -69,6 +73,9 @@ class OptimalTransportCoupling(Coupling):
                 f"OptimalTransportCoupling.group_size {self.group_size} needs {8 * self.group_size**2 / 2**30:.1f} GiB "
                 f"for its costs; at most {MAX_GROUP_SIZE} (2 GiB) are allowed"
             )
+
+    def keeps_pairs(self, share: int) -> bool:
+        return self.across_ranks or share % self.group_size == 0
 
     def __call__(self, z: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
         if z.shape != eps.shape:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -102,6 +103,14 @@ class GenerativeModule(pl.LightningModule, ABC):
     def on_train_start(self) -> None:
         # On the device, where no step waits for them; and no buffers, which DDP would overwrite by those of rank 0.
         self._bad_loss, self._bad_since = self._bad_loss.to(self.device), self._bad_since.to(self.device)
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.trainer.world_size > 1 and isinstance(data, DataModule):
+            share = data.share().size
+            if not self.coupling.keeps_pairs(share):
+                rank_zero_warn(
+                    f"model.coupling: {self.coupling} pairs other points on {self.trainer.world_size} processes, each "
+                    f"with {share} of a batch, than on one; set across_ranks: true to keep the recipe"
+                )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         z, labels = batch["data"], batch["labels"] if self.model.num_classes is not None else None

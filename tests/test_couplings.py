@@ -121,3 +121,15 @@ def test_shapes_that_do_not_match_are_named():
         OptimalTransportCoupling(4)(z, eps[:3])
     with pytest.raises(ValueError, match=r"labels must have shape \(4,\), got \(3,\)"):
         OptimalTransportCoupling(4)(z, eps, torch.zeros(3))
+
+
+@pytest.mark.parametrize(("share", "same"), [(12, True), (24, True), (6, False), (18, False)])
+def test_slices_that_are_whole_groups_keep_the_pairs(share, same):
+    coupling = OptimalTransportCoupling(12)
+    assert coupling.keeps_pairs(share) is same
+    generator = torch.Generator().manual_seed(0)
+    z, eps = torch.randn(2, 72, 3, generator=generator)
+    parts = [coupling(*slices) for slices in zip(z.split(share), eps.split(share), strict=True)]
+    assert torch.equal(torch.cat(parts), coupling(z, eps)) is same
+    assert OptimalTransportCoupling(12, across_ranks=True).keeps_pairs(share)
+    assert IndependentCoupling().keeps_pairs(share)

@@ -96,3 +96,13 @@ def test_the_course_page_shows_every_picture_that_is_drawn() -> None:
     assert set(drawn) >= shown
     assert max(size for name, size in drawn.items() if name.endswith(".png")) < 150_000
     assert max(drawn.values()) < 1_500_000
+
+
+FAULTS = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs" / "cluster.md").read_text())
+
+
+def test_every_row_of_the_fault_table_is_a_test() -> None:
+    rows = re.findall(r"^\| (\d+) \|.*`[\w/]+\.py::test_", (ROOT / "docs" / "cluster.md").read_text(), re.MULTILINE)
+    assert rows == [str(number) for number in range(1, 21)]
+    for file, name in FAULTS:
+        assert name in functions(ROOT / "tests" / file), f"{file} has no {name}"

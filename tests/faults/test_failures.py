@@ -1,13 +1,16 @@
 """Failures in the middle of training: gradients that are not finite, full disks, compiled checkpoints."""
 
+import hashlib
 import os
 import resource
 import signal
+import threading
 
 import pytest
 import torch
 from jobs import Job
 
+from fmlit.data.downloads import OfficialFiles
 from fmlit.modules import FlowMatchingModule
 
 pytestmark = pytest.mark.faults
@@ -80,3 +83,40 @@ def test_a_checkpoint_of_a_network_wrapped_by_compile_is_gone_on_with(tmp_path):
     path.with_suffix(".ckpt.sha256").unlink()
     torch.save(saved, path)
     assert Job(tmp_path, "--images=180").finish()["images_seen"] == 180
+
+
+def test_two_jobs_that_download_at_once_leave_one_whole_copy(tmp_path):
+    content = os.urandom(100_000)
+    files = OfficialFiles("Noise", tmp_path, "noise", {"file": hashlib.md5(content).hexdigest()}, "md5")
+    both, calls, errors = threading.Barrier(2), [], []
+
+    def fetch(root):
+        both.wait(timeout=30)  # neither has finished when the other begins
+        calls.append(root)
+        (root / "noise").mkdir(parents=True, exist_ok=True)
+        (root / "noise" / "file").write_bytes(content)
+
+    def job():
+        try:
+            files.download_missing(fetch)
+            files.check()
+        except Exception as error:
+            errors.append(error)
+
+    jobs = [threading.Thread(target=job) for _ in range(2)]
+    for each in jobs:
+        each.start()
+    for each in jobs:
+        each.join()
+    assert errors == []
+    assert len(set(calls)) == 2  # each in a folder of its own
+    assert [path.name for path in tmp_path.rglob("*")] == ["noise", "file"]
+
+
+@pytest.mark.parametrize("across", ["false", "true"])
+def test_a_recipe_that_several_processes_change_says_so(across, tmp_path):
+    groups = ("--model.coupling=OptimalTransportCoupling", "--model.coupling.group_size=12")
+    first, _ = Job(tmp_path, "--images=24", *groups, f"--model.coupling.across_ranks={across}", ranks=2).outcomes()
+    assert first.code == 0
+    warned = "set across_ranks: true to keep the recipe" in first.err
+    assert warned is (across == "false")
