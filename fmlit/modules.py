@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from fmlit import randomness
@@ -18,7 +17,7 @@ from fmlit.couplings import Coupling, IndependentCoupling, transport_cost
 from fmlit.data.base import DataModule
 from fmlit.descriptions import describe
 from fmlit.generative import GenerativeModel
-from fmlit.metrics.ranks import Ranks
+from fmlit.gradients import GradientGuard
 from fmlit.objectives import flow_matching_loss, score_matching_loss
 from fmlit.paths import CondOTPath, GaussianPath, VPPath
 from fmlit.predictions import Noise, Prediction, Score, Velocity
@@ -90,7 +89,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.seed = seed
         self.images_seen = 0
-        self._bad_loss, self._bad_since = torch.tensor(False), torch.tensor(-1)  # see ``check_finite``
+        self.guard = GradientGuard()
 
     @abstractmethod
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -101,8 +100,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         return training_limits(self.model.path, self.model.prediction)
 
     def on_train_start(self) -> None:
-        # On the device, where no step waits for them; and no buffers, which DDP would overwrite by those of rank 0.
-        self._bad_loss, self._bad_since = self._bad_loss.to(self.device), self._bad_since.to(self.device)
+        self.guard.to(self.device)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.world_size > 1 and isinstance(data, DataModule):
             share = data.share().size
@@ -118,7 +116,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         eps = self._couple(z, drawn, labels)
         torch.manual_seed(randomness.key(self.seed, self.images_seen, "dropout", self.global_rank))
         losses = self.loss(z, eps, t, labels)
-        self._bad_loss |= ~torch.isfinite(losses.detach()).all()
+        self.guard.note(losses.detach())
         self.images_seen += len(z) * self.trainer.world_size
         outputs = {"loss": losses.mean(), "losses": losses.detach(), "times": t}
         if eps is not drawn:
@@ -189,33 +187,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         if self._scaled:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
-            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        finite = torch.isfinite(norm)
-        self._bad_since = torch.where(finite | (self._bad_since >= 0), self._bad_since, self.images_seen)
-        if optimizer.param_groups[0].get("fused") and norm.device.type != "cpu":
-            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # the step is skipped on the device
-        else:
-            self.check_finite()
-
-    def check_finite(self) -> None:
-        """Raise what ``configure_gradient_clipping`` has noted. Waits for the device; all ranks call it.
-
-        Raises:
-            FloatingPointError: a gradient was not finite; the weights are those before it.
-        """
-        if self._bad_since.item() < 0:
-            return
-        ranks = [rank for rank, bad in enumerate(Ranks.current().gather_objects(self._bad_loss.item())) if bad]
-        where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
-        raise FloatingPointError(
-            f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "
-            f"as before it: lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
-        )
+        self.guard.admit(optimizer, self.images_seen, gradient_clip_val, gradient_clip_algorithm)
 
     def learning_rate_factor(self, images_seen: int) -> float:
         """The share of ``learning_rate`` that is used after ``images_seen`` images."""

@@ -34,6 +34,7 @@ FLOORS = {
     "fmlit.descriptions": 4,
     "fmlit.checkpoints": 4,
     "fmlit.export": 4,
+    "fmlit.gradients": 4,
     "fmlit.modules": 4,
     "fmlit.callbacks": 4,
 }

@@ -168,7 +168,8 @@ def test_gradients_are_clipped_and_weights_stay_float32_in_mixed_precision(tmp_p
     module.model.net.outputs[1].register_forward_hook(lambda net, inputs, output: seen.append(output.dtype))
     settings = {"precision": "bf16-mixed", "gradient_clip_val": 0.1}
     fit(module, tmp_path, 3, EMA(), norms, SampleGrid(12, FEW_STEPS), **settings)
-    assert seen == ([torch.bfloat16] + [torch.float32] * 4) * 3  # the average, whose copy holds the hook too, samples
+    # The average, whose copy holds the hook too, samples: four batches of four steps.
+    assert seen == ([torch.bfloat16] + [torch.float32] * 16) * 3
     assert min(norms.before) > 0.2
     assert norms.used == pytest.approx([0.1] * 3, rel=1e-4)
     assert {p.dtype for p in module.parameters()} == {torch.float32}

@@ -59,7 +59,7 @@ class EveryImages(pl.Callback):
     def _timed_act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         started = time.perf_counter()
         self._acted_at = module.images_seen
-        module.check_finite()  # nothing is drawn, scored or kept of a model that has come apart
+        module.guard.check()  # nothing is drawn, scored or kept of a model that has come apart
         with Ranks.current().failing_together():
             self.act(trainer, module)
         self.seconds += time.perf_counter() - started

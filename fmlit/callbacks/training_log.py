@@ -82,7 +82,7 @@ class TrainingLog(pl.Callback):
         self._costs.clear()
         self._since = now
         log_metrics(trainer, module, {**self.latest, **by_time, **costs})
-        module.check_finite()
+        module.guard.check()
 
 
 def _pauses(trainer: pl.Trainer) -> float:

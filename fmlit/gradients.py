@@ -1,0 +1,60 @@
+"""Gradients on their way to the optimiser: clipped, and kept away from the weights where they are not finite."""
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from fmlit.metrics.ranks import Ranks
+
+
+class GradientGuard:
+    """Notes on the device, where no step waits, whether losses and gradients are finite; ``check`` reads the notes.
+
+    DDP's gradients are sums over ranks: one that is not finite is so on all of them, and all of them leave it out.
+    """
+
+    def __init__(self) -> None:
+        self._bad_loss = torch.tensor(False)
+        self._bad_since = torch.tensor(-1)  # images seen when a gradient was not finite
+
+    def to(self, device: torch.device) -> None:
+        """Move the notes."""
+        self._bad_loss, self._bad_since = self._bad_loss.to(device), self._bad_since.to(device)
+
+    def note(self, losses: Tensor) -> None:
+        """Take note of this rank's losses (B,)."""
+        self._bad_loss |= ~torch.isfinite(losses).all()
+
+    def admit(self, optimizer: Optimizer, images_seen: int, clip_val: float | None, algorithm: str | None) -> None:
+        """Clip the gradients by their norm (or, with algorithm "value", each value), and stop what is not finite.
+
+        On an accelerator a fused optimiser skips the step there. Elsewhere ``check`` is called at once.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if clip_val and algorithm == "value":
+            clip_grad_value_(parameters, clip_val)
+        elif clip_val:
+            clip_grads_with_norm_(parameters, clip_val, norm)
+        finite = torch.isfinite(norm)
+        self._bad_since = torch.where(finite | (self._bad_since >= 0), self._bad_since, images_seen)
+        if optimizer.param_groups[0].get("fused") and norm.device.type != "cpu":
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # what a gradient scaler would set
+        else:
+            self.check()
+
+    def check(self) -> None:
+        """Wait for the device; all ranks call it.
+
+        Raises:
+            FloatingPointError: a gradient was not finite; the weights are those before it.
+        """
+        if self._bad_since.item() < 0:
+            return
+        ranks = [rank for rank, bad in enumerate(Ranks.current().gather_objects(self._bad_loss.item())) if bad]
+        where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
+        raise FloatingPointError(
+            f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "
+            f"as before it: lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
+        )
