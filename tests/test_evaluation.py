@@ -16,16 +16,17 @@ from PIL import Image
 
 from fmlit import likelihood
 from fmlit.commands.evaluate import evaluate
-from fmlit.commands.options import Integers, Names, Numbers, run
-from fmlit.data import Digits, ImageFolder, TwoPoints
+from fmlit.commands.options import Integers, Names
+from fmlit.data import Digits
 from fmlit.data.datasets import InMemoryDataset
-from fmlit.data.imagefiles import read_images, save_npz, save_pngs
+from fmlit.data.imagefiles import read_images, save_npz
+from fmlit.dynamics import ReverseDiffusion
 from fmlit.evaluation import cells, reports, scoring
 from fmlit.evaluation.scoring import Scorer, choose_features, nearest_in
 from fmlit.metrics import GaussianStatistics, PixelFeatures, frechet_distance
 from fmlit.paths import CondOTPath, VPPath
 from fmlit.randomness import training_generator
-from fmlit.samplers import ODESampler, generate
+from fmlit.samplers import ODESampler, SDESampler, generate
 from fmlit.tensors import to_uint8
 from fmlit.times import UniformGrid
 
@@ -79,6 +80,12 @@ def test_the_script_sweeps_and_says_what_it_found(checkpoint, tmp_path, monkeypa
     assert scores["fd_pixels_70_test"] == pytest.approx(distance(drawn, real("test")), rel=1e-9)
     assert cells[2]["protocol"] == "fdpixels70-train-uint8-ema-heun6"
     assert cells[3]["protocol"] == "fdpixels70-train-uint8-ema-heun6+cfg1.5"
+    cost = cells[2]["cost"]
+    assert 0 <= cost["features_per_1000"] <= cost["seconds_per_1000"]
+    assert 0.1 < cost["peak_memory_gb"] < 100
+    assert f"{cost['peak_memory_gb']:.2f} GB" in next(
+        line for line in printed.splitlines() if line.startswith("heun6:")
+    )
     assert len((out / "results.jsonl").read_text().splitlines()) == 8
     assert (out / "table.md").read_text() in printed
     assert Image.open(out / "plot.png").size == (720, 480)
@@ -106,7 +113,7 @@ def test_an_interrupted_sweep_goes_on(checkpoint, options, monkeypatch):
     evaluate(checkpoint, n=40, steps=Integers([3]), weights="raw", **options)
     evaluate(checkpoint, n=40, steps=Integers([3]), grid=UniformGrid(), **options)
     evaluate(checkpoint, n=40, steps=Integers([3]), flip=True, **options)
-    assert drawn == ["heun4", *["heun3"] * 5]
+    assert drawn == ["heun4", "heun3", "heun3", "heun3", "heun3+uniform", "heun3"]
 
 
 def test_pictures_score_like_the_samples_that_they_are(checkpoint, options, tmp_path):
@@ -125,43 +132,6 @@ def test_pictures_score_like_the_samples_that_they_are(checkpoint, options, tmp_
     # The cell is known, but the pictures that are asked for are not there.
     evaluate(checkpoint, n=45, steps=Integers([3]), save_images=str(tmp_path / "again"), **options)
     assert len(list((tmp_path / "again" / pictures.name).iterdir())) == 45
-
-
-def test_pictures_that_are_not_comparable_are_named(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    save_pngs(folder, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
-    Image.new("RGB", (8, 9)).save(folder / "tall.png")
-    with pytest.raises(ValueError, match=r"tall.png is 8x9 pixels, and the data 8x8"):
-        read_images(str(folder), (1, 8, 8))
-    Image.new("RGB", (8, 8), "red").save(folder / "tall.png")
-    with pytest.raises(ValueError, match=r"tall.png is in colour, and the data are grey"):
-        read_images(str(folder), (1, 8, 8)).batch(range(3))
-    assert read_images(str(folder), (3, 8, 8)).batch([2])[0][0, :, 0, 0].tolist() == [255, 0, 0]
-    (folder / "tall.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"cannot read the picture .*tall.png"):
-        read_images(str(folder), (1, 8, 8))
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(ValueError, match="no pictures in"):
-        read_images(str(empty), (1, 8, 8))
-    with pytest.raises(ValueError, match=r"shape \(2, 8, 8\) are read from an .npz"):
-        read_images(str(folder), (2, 8, 8))
-
-
-@pytest.mark.parametrize(
-    ("arrays", "said"),
-    [
-        ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, "no .npz with images in arr_0"),
-        ({"arr_0": np.zeros((3, 8, 8, 1), np.float32)}, r"must be uint8 \(N, 8, 8, 1\) like the data, got float32"),
-        ({"arr_0": np.zeros((3, 1, 8, 8), np.uint8)}, r"like the data, got uint8 \(3, 1, 8, 8\)"),
-        ({"arr_0": np.array([None])}, "no .npz with images"),  # a pickle, which is not opened
-    ],
-)
-def test_arrays_that_are_no_images(arrays, said, tmp_path):
-    np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(ValueError, match=said):
-        read_images(str(tmp_path / "x.npz"), (1, 8, 8))
 
 
 @pytest.mark.parametrize("path", [CondOTPath(), VPPath()])
@@ -237,65 +207,17 @@ def test_features_by_the_size_of_the_images(monkeypatch, tmp_path):
     assert choose_features(features := PixelFeatures(), (3, 64, 64)) is features
 
 
-def refusal(capsys, *args: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(evaluate, [str(arg) for arg in args])
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("sampler", "label"),
     [
-        ("--metrics is", "unknown metric 'is': choose from fid, kid"),
-        ("--metrics bpd --steps 5", "--steps has no meaning with --metrics bpd"),
-        ("--images x --guidance 2", "--guidance has no meaning with --images"),
-        ("--images x --metrics fid,class", "metric class asks the model, and --images have none"),
-        ("--images nowhere", "there is no folder nowhere"),
-        ("--images nowhere.npz", "No such file or directory: 'nowhere.npz'"),
-        ("--reference-only --n 50000", "--n has no meaning with --reference_only"),
-        ("--n 1", "n must be at least 2, got 1"),
-        ("--batch-size 0", "batch_size must be at least 1"),
-        ("--neighbours -1", "neighbours must be a number of samples"),
-        ("--splits train,validation", "split must be one of train, test, got 'validation'"),
-        ("--solver heun,hoin", "unknown solver 'hoin'"),
-        ("--steps 5,0", "steps must be at least 1, got 0"),
-        ("--steps 5,ten", "expected values such as 5,10,20"),
-        ("--features pixel", "features: Expected one of ['inception', 'pixels']"),
-        ("--weights ema_9", "no weights 'ema_9'"),
-        ("--data Digits --data.size 3", "data.size: no such option"),
+        (ODESampler("heun", 5), "heun"),
+        (ODESampler("dpmpp_2m", 22, UniformGrid(), guidance=1.5), "dpmpp2m+uniform+cfg1.5"),
+        (ODESampler("dopri5", 4), "dopri5"),
+        (SDESampler(steps=7, sigma=ReverseDiffusion()), "eulermaruyama+reverse"),
     ],
 )
-def test_contradictions_are_named_in_one_line(checkpoint, tmp_path, monkeypatch, capsys, options, said):
-    monkeypatch.chdir(tmp_path)
-    assert said in refusal(capsys, "--checkpoint", checkpoint, *options.split())
-
-
-def test_models_and_data_that_do_not_fit(tmp_path, checkpoint, options, capsys):
-    vectors = str(save_run(tmp_path / "vectors", known_model((1,), None), TwoPoints()))
-    with pytest.raises(ValueError, match="evaluation is of images, and TwoPoints holds vectors"):
-        evaluate(vectors, **options)
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"model makes images of shape \(1, 8, 8\), and ImageFolder holds \(3, 9, 9\)"):
-        evaluate(checkpoint, data=ImageFolder(str(tmp_path), 9), **options)
-    unconditional = str(save_run(tmp_path / "unconditional", known_model(num_classes=None)))
-    with pytest.raises(ValueError, match="needs a model of the data's 10 classes, and this one has none"):
-        evaluate(unconditional, metrics=Names(["class"]), **options)
-    with pytest.raises(ValueError, match=r"guidance 2\.0 needs a class-conditional model"):
-        evaluate(unconditional, guidance=Numbers([2.0]), **options)
-    with pytest.raises(ValueError, match="ImageFolder has no test pictures"):
-        evaluate(
-            data=ImageFolder(str(tmp_path), 8), reference_only=True, splits=Names(["test"]), cache=options["cache"]
-        )
-    assert "give a --checkpoint to sample from, or --images to score" in refusal(capsys)
-    assert "give --data, or the --checkpoint" in refusal(capsys, "--reference-only")
-
-
-def test_a_folder_that_cannot_be_written(checkpoint, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        evaluate(checkpoint, n=4, out=str(tmp_path / "file" / "out"), cache=str(tmp_path / "cache"))
+def test_lines_of_a_plot_are_named_after_all_but_the_steps(sampler, label):
+    assert reports._line({"name": sampler.name, "solver": sampler.method}) == label
 
 
 def test_tables_and_plots_of_uneven_records(tmp_path):
@@ -314,22 +236,24 @@ def test_tables_and_plots_of_uneven_records(tmp_path):
 
 
 @pytest.mark.slow
-def test_world_sizes_agree(checkpoint, tmp_path):
+@pytest.mark.parametrize(("n", "batch"), [(1001, 250), (101, 60)])  # the last batch holds 1; the third process has none
+def test_world_sizes_agree(n, batch, checkpoint, tmp_path):
     told = []
-    for size in (1, 3):  # 101 images in batches of 60: the third process has none
+    for size in (1, 2, 3):
         out = tmp_path / f"out{size}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--"]
-        command += [str(SCRIPT), "--checkpoint", checkpoint, "--n", "101", "--batch-size", "60", "--steps", "3"]
+        command += [str(SCRIPT), "--checkpoint", checkpoint, "--n", str(n), "--batch-size", str(batch), "--steps", "3"]
         command += ["--metrics", "fid,recall,class,bpd", "--neighbours", "3", "--save-images", str(out / "images")]
         command += ["--cache", str(tmp_path / f"cache{size}"), "--out", str(out)]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
         assert done.returncode == 0, done.stderr
         told.append([json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()])
-        assert len(list((out / "images" / "heun3-ema-101-seed0").iterdir())) == 101
-    for one, three in zip(*told, strict=True):
-        assert one["key"] == three["key"]
-        assert one.get("images") == three.get("images")
-        assert one.get("nfe") == three.get("nfe")
-        assert three["scores"] == pytest.approx(one["scores"], rel=1e-6)
+        assert len(list((out / "images" / f"heun3-ema-{n}-seed0").iterdir())) == n
+    for of_one, of_two, of_three in zip(*told, strict=True):
+        for other in (of_two, of_three):
+            assert other["key"] == of_one["key"]
+            assert other.get("images") == of_one.get("images")  # the hash of the set
+            assert other.get("nfe") == of_one.get("nfe")
+            assert other["scores"] == pytest.approx(of_one["scores"], rel=1e-6)

@@ -1,4 +1,4 @@
-"""Features: what they accept, what they leave alone, and Inception against the established implementation."""
+"""Features: what they accept, what they leave alone, and which files of weights."""
 
 import os
 import urllib.error
@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmlit.metrics import (
-    GaussianStatistics,
-    InceptionFeatures,
-    NetworkFeatures,
-    PixelFeatures,
-    frechet_distance,
-    inception,
-)
+from fmlit.metrics import InceptionFeatures, NetworkFeatures, PixelFeatures, inception
 
 WEIGHTS = os.environ.get(inception.VARIABLE)
 needs_weights = pytest.mark.skipif(not WEIGHTS, reason=f"{inception.VARIABLE} does not name the FID Inception weights")
@@ -147,15 +140,15 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
-def _fidelity_network(state) -> nn.Module:
-    """torch-fidelity's network; without ``state`` with random weights."""
+def _random_inception() -> nn.Module:
+    """torch-fidelity's network with random weights."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Random(FeatureExtractorInceptionV3):
         def load_state_dict(self, *args, **kwargs):
-            return super().load_state_dict(*args, **kwargs) if state else None
+            return None
 
-    return Random("inception-v3-compat", ["2048"], feature_extractor_weights_path=WEIGHTS if state else os.devnull)
+    return Random("inception-v3-compat", ["2048"], feature_extractor_weights_path=os.devnull)
 
 
 def test_files_that_are_something_else_are_refused_by_name(nowhere, monkeypatch):
@@ -164,8 +157,16 @@ def test_files_that_are_something_else_are_refused_by_name(nowhere, monkeypatch)
     path.write_text("<html>404</html>")
     with pytest.raises(ValueError, match=r"weights/inception\.pth is not a weights file"):
         InceptionFeatures().to("cpu")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"weights/inception\.pth is not a weights file: EOFError"):
+        InceptionFeatures().to("cpu")
+    torch.save({"weight": torch.zeros(300)}, path)
+    path.write_bytes(path.read_bytes()[:900])  # half a download
+    with pytest.raises(ValueError, match=r"weights/inception\.pth is not a weights file: .*zip archive") as caught:
+        InceptionFeatures().to("cpu")
+    assert "\n" not in str(caught.value)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="is not a state dict of the FID Inception network, but list"):
+    with pytest.raises(ValueError, match="is not a state dict, names and tensors, but list"):
         InceptionFeatures(str(path)).fingerprint  # noqa: B018
     torch.save(OrderedDict(weight=torch.zeros(3)), path)
     with pytest.raises(ValueError, match=r"inception\.pth does not hold the weights of the FID Inception network"):
@@ -178,7 +179,7 @@ def test_files_that_are_something_else_are_refused_by_name(nowhere, monkeypatch)
 
 def test_an_inception_network_of_other_weights_is_refused(nowhere, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: {})
-    network = _fidelity_network(state=None)
+    network = _random_inception()
     monkeypatch.undo()
     path = nowhere / "other.pth"
     torch.save(network.state_dict(), path)
@@ -196,28 +197,3 @@ def test_inception_leaves_the_global_generator_alone_and_repeats_grey():
     torch.testing.assert_close(features(grey), features(grey.repeat(1, 3, 1, 1)))
     with pytest.raises(ValueError, match="grey or RGB images, got 4 channels"):
         features(noise(2, channels=4))
-
-
-@pytest.mark.slow
-@needs_weights
-def test_fid_is_that_of_torch_fidelity_on_the_same_images():
-    from torch.utils.data import TensorDataset
-    from torch_fidelity import calculate_metrics
-
-    class Images(TensorDataset):
-        def __getitem__(self, index):
-            return super().__getitem__(index)[0]
-
-    a, b = noise(64, size=32), noise(65, size=32) // 2
-    features = InceptionFeatures()
-    ours = []
-    for images in (a, b):
-        statistics = GaussianStatistics()
-        for batch in images.split(16):
-            statistics.update(features(batch))
-        ours.append(statistics)
-    expected = calculate_metrics(
-        input1=Images(a), input2=Images(b), fid=True, cuda=False, verbose=False, save_cpu_ram=True,
-        feature_extractor_weights_path=WEIGHTS, cache=False,
-    )["frechet_inception_distance"]  # fmt: skip
-    assert frechet_distance(*ours) == pytest.approx(expected, rel=1e-3)

@@ -14,7 +14,9 @@ from fmlit.metrics import (
     precision_recall,
     reference_statistics,
 )
+from fmlit.metrics.quality import quantised
 from fmlit.metrics.reservoir import Reservoir, image_keys
+from fmlit.tensors import to_uint8
 
 
 def pictures(n: int, seed: int, top: int = 256, size: int = 4) -> Tensor:
@@ -135,6 +137,27 @@ def test_what_is_no_image_is_refused_and_not_counted(tmp_path, images, message):
     before = quality.digest
     quality.update(pictures(0, 2))  # nothing is no mistake
     assert (quality.count, quality.digest) == (20, before)
+
+
+def test_samples_of_another_range_are_warned_of_and_not_silently_clamped():
+    g = torch.Generator().manual_seed(0)
+    samples = 0.4 * torch.randn(4, 3, 16, 16, generator=g)  # all but a few within [-1, 1], as samples are
+    assert torch.equal(quantised(samples), to_uint8(samples))  # no warning: warnings are errors here
+    for wrong in (127.5 * samples + 127.5, 5 * samples):
+        with pytest.warns(UserWarning, match=r"more than 1% of the samples' values lie beyond \+-1\.5 and are clamped"):
+            assert torch.equal(quantised(wrong), to_uint8(wrong))
+    for bad in (torch.nan, torch.inf):
+        samples[0, 0, 0, 0] = bad
+        with pytest.raises(ValueError, match="hold NaN or infinite values"):
+            quantised(samples)
+
+
+def test_images_that_were_cast_before_they_were_scaled_are_warned_of(tmp_path):
+    reference = reference_of(pictures(60, 1), tmp_path)
+    quality = ImageQuality(PixelFeatures(), reference, ("fid",))
+    quality.update(pictures(40, 2, top=2))
+    with pytest.warns(UserWarning, match="brighter than 1 of 255: were images in .* cast to uint8"):
+        quality.reduce().compute()
 
 
 def test_too_few_images_give_no_number(tmp_path):

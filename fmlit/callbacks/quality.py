@@ -7,21 +7,22 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 
+from fmlit.callbacks.checkpoint import save
 from fmlit.callbacks.intervals import EveryImages, averages_of, check_sampler, log_metrics, sampled_model
 from fmlit.metrics import Features, ImageQuality, PixelFeatures, Reference, reference_statistics
-from fmlit.metrics.quality import Metric
+from fmlit.metrics.quality import Metric, quantised
 from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
 from fmlit.samplers import ODESampler, Sampler, generate
-from fmlit.tensors import to_uint8
 
 
 class QualityCurve(EveryImages):
     """Scores ``n`` samples of the averaged weights against the training images, always from the same seeds.
 
     All ranks share the sampling; the images do not depend on their number. Values are logged under names that carry n
-    and the features (``fid_5k``, ``fd_pixels_1k``), once with the protocol string that they belong to. The checkpoint
-    with the best first metric, in the order below, is kept as ``checkpoints/best.ckpt``.
+    and the features (``fid_5k``, ``fd_pixels_1k``), and the protocol string that they belong to is printed
+    once, with what they cost: time, and the peak memory of the rank that needs most. The checkpoint with the best first
+    metric, in the order below, is kept as ``checkpoints/best.ckpt``.
 
     Args:
         every: interval in training images; null for never.
@@ -88,17 +89,19 @@ class QualityCurve(EveryImages):
             for _, samples in generate(
                 model, self.sampler, self.n, self.seed, self.batch_size, rank=ranks.rank, world_size=ranks.size
             ):
-                quality.update(to_uint8(samples))
+                quality.update(quantised(samples))
         self.latest = ranks.from_first(quality.reduce().compute)
         log_metrics(trainer, module, self.latest)
+        cost = quality.cost()
         if self.best is None and trainer.is_global_zero:
             weights = "ema" if averages_of(trainer) else "raw"
-            print(f"{next(iter(self.latest))} is {quality.protocol(weights, self.sampler.name)}", flush=True)
+            print(f"{next(iter(self.latest))} is {quality.protocol(weights, self.sampler.name)}; {cost}", flush=True)
         name, first = next(iter(self.latest.items()))
         higher_is_better = name.startswith(("precision", "recall"))
         if self.best is None or (first > self.best if higher_is_better else first < self.best):
             self.best = first
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt")
+            if problem := save(trainer, Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"):
+                raise OSError(problem)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

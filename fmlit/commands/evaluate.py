@@ -159,8 +159,15 @@ def _result(cell: Cell, results: Results, ranks: Ranks) -> Record:
         record = ranks.from_first(lambda: results.add(cell.identity, outcome))
     if ranks.rank == 0:
         scores = "  ".join(f"{name} {value:.4g}" for name, value in record["scores"].items())
-        print(f"{record['name']}: {scores}  ({'known' if known else str(record['seconds']) + ' s'})", flush=True)
+        print(f"{record['name']}: {scores}  ({'known' if known else _cost(record)})", flush=True)
     return record
+
+
+def _cost(record: Record) -> str:
+    if "cost" not in record:  # that of distances
+        return f"{record['seconds']} s"
+    a_thousand, memory = record["cost"]["seconds_per_1000"], record["cost"]["peak_memory_gb"]
+    return f"{record['seconds']} s; {a_thousand:.3g} s per 1,000 images, peak memory {memory:.2f} GB"
 
 
 def _report(records: list[Record], results: Path, project: str | None, name: str) -> Record:
@@ -174,6 +181,6 @@ def _report(records: list[Record], results: Path, project: str | None, name: str
         reports.plot(drawn, picture)
     if project is not None:
         reports.push(records, picture, project, results.parent, f"{name}-evaluation")
-    shown = ("name", "weights", "n", "nfe", "protocol", "scores", "seconds")
+    shown = ("name", "weights", "n", "nfe", "protocol", "scores", "seconds", "cost")
     cells = [{key: record[key] for key in shown if key in record} for record in records]
     return {"results": str(results), "plot": str(picture) if picture else None, "cells": cells}

@@ -17,6 +17,7 @@ from fmlit.evaluation.reports import Record
 from fmlit.evaluation.scoring import Scorer, beside_neighbours, bits_per_dimension, nearest_in
 from fmlit.generative import GenerativeModel
 from fmlit.metrics.features import weights_digest
+from fmlit.metrics.quality import quantised
 from fmlit.outputs import new_folder, progress
 from fmlit.pictures import image_grid
 from fmlit.randomness import image_seeds
@@ -50,11 +51,8 @@ def images_cell(scorer: Scorer, path: str) -> Cell:
         for start in range(ranks.rank * size, len(dataset), ranks.size * size):
             yield dataset.batch(range(start, min(start + size, len(dataset))))[0], None
 
-    def measure() -> Record:
-        started = time.perf_counter()
-        return scorer.score(share()) | {"seconds": _since(started)}
-
-    return Cell({"name": path, "n": len(dataset), "of": dataset.fingerprint(), **scorer.identity}, measure)
+    identity = {"name": path, "n": len(dataset), "of": dataset.fingerprint(), **scorer.identity}
+    return Cell(identity, lambda: scorer.score(share()))
 
 
 class ModelCells:
@@ -106,12 +104,10 @@ class ModelCells:
         pngs = save_images / label if save_images else None
 
         def measure() -> Record:
-            started = time.perf_counter()
             opened = new_folder(pngs, self.scorer.ranks) if pngs else nullcontext()
             with opened as target, _counted_rows(self.model.net) as rows:
                 outcome = self.scorer.score(self._stream(sampler, target), self.weights, sampler.name)
-            nfe = sum(rows) / max(self._drawn, 1)  # rank 0, whose record counts, has always drawn some
-            outcome |= {"nfe": round(nfe, 1), "seconds": _since(started)}
+            outcome["nfe"] = round(sum(rows) / max(self._drawn, 1), 1)  # rank 0, whose record counts, has drawn some
             if picture is not None:
                 outcome["nearest"] = self._draw_neighbours(sampler, neighbours, picture)
             return outcome
@@ -128,7 +124,7 @@ class ModelCells:
             outcome = bits_per_dimension(
                 self.model, scorer.data, self.n, self.seed, scorer.batch_size, self.weights, scorer.ranks
             )
-            return outcome | {"seconds": _since(started)}
+            return outcome | {"seconds": round(time.perf_counter() - started, 2)}
 
         return Cell({"name": "bpd", **self.identity, "data": scorer.data.fingerprint("test")}, measure)
 
@@ -143,7 +139,7 @@ class ModelCells:
         ranks, size = self.scorer.ranks, self.scorer.batch_size
         batches = generate(self.model, sampler, self.n, self.seed, size, rank=ranks.rank, world_size=ranks.size)
         for indices, samples in progress(batches, self._drawn // size, sampler.name, shown=ranks.rank == 0):
-            images = to_uint8(samples)
+            images = quantised(samples)
             if target is not None:
                 save_pngs(target, images, indices.start)
             yield images, balanced_labels(self.model, indices)
@@ -173,7 +169,3 @@ def _counted_rows(net: nn.Module) -> Iterator[list[int]]:
         yield rows
     finally:
         handle.remove()
-
-
-def _since(started: float) -> float:
-    return round(time.perf_counter() - started, 2)

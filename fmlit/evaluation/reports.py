@@ -74,21 +74,26 @@ def markdown(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _line(record: Record) -> str:
+    """The sampler's name without its steps: ``heun+cfg1.5`` of ``heun18+cfg1.5``."""
+    solver = record["solver"].replace("_", "")  # as in names; dpmpp_2m has a digit of its own
+    return solver + record["name"].removeprefix(solver).lstrip("0123456789")
+
+
 def plot(records: Sequence[Record], path: Path) -> None:
-    """The first score against the number of network evaluations per image, one line per solver and guidance scale."""
+    """The first score against the number of network evaluations per image, one line per kind of sampler."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     score = next(iter(records[0]["scores"]))
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    lines: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        line = lines.setdefault((record["solver"], record["guidance"]), [])
-        line.append((record["nfe"], record["scores"][score]))
-    for (solver, guidance), points in lines.items():
+        lines.setdefault(_line(record), []).append((record["nfe"], record["scores"][score]))
+    for label, points in lines.items():
         nfe, values = zip(*sorted(points), strict=True)
-        axes.plot(nfe, values, "o-", label=solver if guidance == 1 else f"{solver}, guidance {guidance:g}")
+        axes.plot(nfe, values, "o-", label=label)
     axes.set(xlabel="network evaluations per image", ylabel=score, xscale="log")
     axes.set_yscale("log" if score.startswith(("fid", "fd")) else "linear")  # the others may be negative, or shares
     for axis in (axes.xaxis, axes.yaxis):

@@ -1,6 +1,7 @@
 """Scores of images, and of the model behind them, against one data set."""
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import cached_property
 from pathlib import Path
@@ -135,7 +136,8 @@ class Scorer:
     def score(
         self, batches: Iterable[tuple[Tensor, Tensor | None]], weights: str = "", sampler: str = ""
     ) -> dict[str, Any]:
-        """``{"scores": {...}, "protocol": ..., "images": digest}`` of a set of images that is shared by all ranks.
+        """``{"scores": {...}, "protocol": ..., "images": digest, "cost": {...}, "seconds": ...}`` of images that all
+        ranks share. Cost is that of distances; seconds do not count what other sets share: references and the reader.
 
         Args:
             batches: this rank's uint8 images (B, C, H, W), each with the labels (B,) that were asked for, or None.
@@ -143,6 +145,7 @@ class Scorer:
         """
         quality = ImageQuality(self.features, self.references, self.distances) if self.distances else None
         reader = self.reader if "class" in self.metrics else None
+        started = time.perf_counter()
         right = count = 0
         with self.ranks.failing_together():
             for images, labels in batches:
@@ -158,10 +161,11 @@ class Scorer:
         if quality is not None:
             scores |= self.ranks.from_first(quality.reduce().compute)
             origin = {"protocol": str(quality.protocol(weights, sampler)), "images": quality.digest}
+            origin["cost"] = quality.cost().record()
         if reader is not None:
             right, count = self.ranks.sum(torch.tensor([right, count])).tolist()
             scores |= {f"class_{count_label(count)}": right / count, "reader_accuracy": reader.accuracy}
-        return {"scores": scores, **origin}
+        return {"scores": scores, **origin, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def bits_per_dimension(

@@ -5,6 +5,8 @@ for images in stream: quality.update(images)
 scores = quality.reduce().compute()                              # {"fid_50k": ..., "kid_10k": ...}
 """
 
+from fmlit.metrics.cost import Cost
+from fmlit.metrics.dinov2 import DINOv2Features
 from fmlit.metrics.features import Features, NetworkFeatures, PixelFeatures
 from fmlit.metrics.frechet import GaussianStatistics, frechet_distance
 from fmlit.metrics.inception import InceptionFeatures
@@ -17,6 +19,8 @@ from fmlit.metrics.reference import Reference, reference_statistics
 
 __all__ = [
     "ClassReader",
+    "Cost",
+    "DINOv2Features",
     "Features",
     "GaussianStatistics",
     "ImageQuality",

@@ -1,13 +1,16 @@
 """Features: what turns a uint8 image into a vector that a metric compares."""
 
 import hashlib
+import pickle
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmlit.tensors import from_uint8
@@ -35,6 +38,27 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The state dict in a PyTorch file, no code of which is run, or in a ``.safetensors``.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no weights file {path}")
+    try:
+        safetensors = path.endswith(".safetensors")
+        state: Any = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text proposes to run it all the same
+        raise ValueError(f"{path} is not a weights file: it holds something other than tensors") from error
+    except Exception as error:  # whatever a file that is something else makes of its reader
+        reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
+        raise ValueError(f"{path} is not a weights file: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} is not a state dict, names and tensors, but {type(state).__name__}")
+    return state
 
 
 class Features(ABC):

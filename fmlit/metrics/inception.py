@@ -4,12 +4,12 @@ import functools
 import io
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from fmlit.metrics.features import Features, weights_digest
+from fmlit.metrics.features import Features, read_weights, weights_digest
 
 VARIABLE = "FMLIT_INCEPTION"
 DEFAULT = Path("weights/inception.pth")
@@ -48,7 +48,7 @@ class InceptionFeatures(Features):
     @functools.cached_property
     def _loaded(self) -> tuple[nn.Module, str]:
         """The network and the digest of those of its weights that are used."""
-        state, origin = (_read(self._path), self._path) if self._path else _download()
+        state, origin = (read_weights(self._path), self._path) if self._path else _download()
         network = _build(state, origin)
         if not torch.allclose(network(_probe())[0][0, : len(PROBE)], torch.tensor(PROBE), atol=0.01):
             raise ValueError(f"{origin} holds an Inception network, but not the one of 2015 that FID is defined by")
@@ -74,16 +74,6 @@ class InceptionFeatures(Features):
 
 def _probe() -> Tensor:
     return (torch.arange(3 * 32 * 32) % 251).to(torch.uint8).reshape(1, 3, 32, 32)
-
-
-def _read(path: str) -> dict[str, Tensor]:
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a file that is something else makes of the unpickler
-        raise ValueError(f"{path} is not a weights file: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a state dict of the FID Inception network, but {type(state).__name__}")
-    return state
 
 
 def _download() -> tuple[dict[str, Tensor], str]:

@@ -7,6 +7,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from fmlit.metrics.cost import Cost, Meter
 from fmlit.metrics.features import Features
 from fmlit.metrics.frechet import GaussianStatistics, frechet_distance
 from fmlit.metrics.kernel import kernel_distance
@@ -15,9 +16,27 @@ from fmlit.metrics.protocol import Protocol, metric_key
 from fmlit.metrics.ranks import Ranks
 from fmlit.metrics.reference import Reference
 from fmlit.metrics.reservoir import Reservoir, image_keys
+from fmlit.tensors import to_uint8
 
 Metric = Literal["fid", "kid", "precision", "recall"]
 INCEPTION_SCORE = ("is", "isc", "inception_score")
+FAR, FEW = 1.5, 0.01  # samples overshoot [-1, 1] a little: under strong guidance, 0.1 % of their values lie beyond 1.5
+
+
+def quantised(samples: Tensor) -> Tensor:
+    """Samples in [-1, 1], clamped and rounded to uint8; with a warning where they are of another range, or diverged.
+
+    Raises:
+        ValueError: they hold NaN or infinite values.
+    """
+    images = to_uint8(samples)
+    if (samples.abs() > FAR).float().mean() > FEW:
+        warnings.warn(
+            f"more than {FEW:.0%} of the samples' values lie beyond +-{FAR} and are clamped to [-1, 1]: the model is "
+            "hardly trained, sampling diverges, or its data have another range",
+            stacklevel=2,
+        )
+    return images
 
 
 class ImageQuality:
@@ -54,7 +73,9 @@ class ImageQuality:
         wanted = max(len(r.features) for r in self.references) if set(self.metrics) - {"fid"} else 0
         self._rows = Reservoir(wanted)
         self._digest = 0
+        self._brightest = 0
         self._reduced = False
+        self._meter = Meter(features.device)
 
     @property
     def count(self) -> int:
@@ -78,10 +99,12 @@ class ImageQuality:
         self._check_images(images)
         if len(images) == 0:
             return
-        features = self.features(images)
+        with self._meter.timing("features"):
+            features = self.features(images)
         keys = image_keys(images)
         self.statistics.update(features)
         self._digest += sum(keys.tolist())
+        self._brightest = max(self._brightest, int(images.max()))
         if self._rows.capacity:
             self._rows.update(keys, features)
 
@@ -106,10 +129,12 @@ class ImageQuality:
         Every rank must call it, also one that saw no images. Then any single rank may call ``compute``.
         """
         if not self._reduced:
+            self._meter.lap("seconds")
             ranks = Ranks.current()
             self.statistics = self.statistics.reduce(ranks)
             self._rows = self._rows.reduce(ranks) if self._rows.capacity else self._rows
-            self._digest = sum(ranks.gather_objects(self._digest))
+            digests, brightest = zip(*ranks.gather_objects((self._digest, self._brightest)), strict=True)
+            self._digest, self._brightest = sum(digests), max(brightest)
             self._reduced = True
         return self
 
@@ -121,11 +146,21 @@ class ImageQuality:
         """
         if self.count < 2:
             raise ValueError(f"image quality needs at least 2 generated images, got {self.count}")
+        if self._brightest <= 1:
+            warnings.warn(
+                "no pixel of the generated images is brighter than 1 of 255: were images in [0, 1] cast to uint8?",
+                stacklevel=2,
+            )
         scores: dict[str, float] = {}
-        for reference in self.references:
-            suffix = "" if reference is self.references[0] else f"_{reference.identity.split}"
-            scores |= {key + suffix: value for key, value in self._scores(reference).items()}
+        with self._meter.timing("distances"):
+            for reference in self.references:
+                suffix = "" if reference is self.references[0] else f"_{reference.identity.split}"
+                scores |= {key + suffix: value for key, value in self._scores(reference).items()}
         return scores
+
+    def cost(self) -> Cost:
+        """Time and memory since the construction; every rank must call it, after ``reduce`` and ``compute``."""
+        return self._meter.cost(self.count, Ranks.current())
 
     def _scores(self, reference: Reference) -> dict[str, float]:
         scores = {}

@@ -37,7 +37,7 @@ class Soak(NamedTuple):
 def soak(folder: Path, kills: int, ranks: int, seed: int = 0) -> Soak:
     """Raise an AssertionError where the run does not survive ``kills`` kills of all its ranks."""
     choose = random.Random(seed)
-    images = str(12 * (kills * STEPS_PER_KILL + 100))  # so many that it does not end before the last kill
+    images = str(12 * (kills * 3 * STEPS_PER_KILL + 100))  # so many that it does not end before the last kill
     folders = [folder / "whole", folder / "killed"]
     for each in folders:
         each.mkdir(parents=True)
