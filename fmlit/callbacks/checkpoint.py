@@ -46,8 +46,7 @@ class Checkpoint(EveryImages):
         return self.newest
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
-        folder = Path(trainer.default_root_dir) / "checkpoints"
-        path = folder / _name(module.images_seen)
+        path = _folder(trainer) / _name(module.images_seen)
         if problem := save(trainer, path):
             if self.on_error == "abort":
                 raise OSError(problem)
@@ -56,13 +55,19 @@ class Checkpoint(EveryImages):
             return
         self.newest = path
         if trainer.is_global_zero:
-            _point(folder / "last.ckpt", self.newest)
+            _point(_folder(trainer) / "last.ckpt", path)
             # As numbers: names grow longer at 10^9 images.
-            seen = sorted(int(path.stem) for path in folder.glob("*.ckpt") if path.stem.isdigit())
+            seen = sorted(int(file.stem) for file in path.parent.glob("*.ckpt") if file.stem.isdigit())
             past = [images for images in seen if images <= module.images_seen]
             for images in seen:  # those ahead were left by a run that was resumed from before them
                 if images not in past[-self.keep :]:
-                    trainer.strategy.remove_checkpoint(folder / _name(images))
+                    trainer.strategy.remove_checkpoint(path.parent / _name(images))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, GenerativeModule)
+        current = _folder(trainer) / _name(pl_module.images_seen)
+        if trainer.is_global_zero and current.exists():  # resumed from a checkpoint that a kill left without the link
+            _point(current.with_name("last.ckpt"), current)
 
 
 def save(trainer: pl.Trainer, path: Path) -> str:
@@ -74,6 +79,10 @@ def save(trainer: pl.Trainer, path: Path) -> str:
         problem = str(error)
         trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait for it
     return Ranks.current().from_first(lambda: problem)
+
+
+def _folder(trainer: pl.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints"
 
 
 def _name(images_seen: int) -> str:

@@ -120,3 +120,12 @@ def test_a_recipe_that_several_processes_change_says_so(across, tmp_path):
     assert first.code == 0
     warned = "set across_ranks: true to keep the recipe" in first.err
     assert warned is (across == "false")
+
+
+def test_a_link_that_a_kill_left_behind_is_mended(tmp_path):
+    job = Job(tmp_path, "--images=120")
+    job.finish()
+    link = job.run / "checkpoints" / "last.ckpt"
+    link.unlink()
+    link.symlink_to("000000060.ckpt")  # a kill came between the checkpoint and the link
+    assert Job(tmp_path, "--images=120").finish()["images_seen"] == 120
