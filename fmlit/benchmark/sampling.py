@@ -1,0 +1,82 @@
+"""Sampling speed: solvers at equal numbers of evaluations of the network."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import get_args
+
+from fmlit.benchmark.outcome import Outcome, Report
+from fmlit.benchmark.rounds import now, rates, run_rounds
+from fmlit.benchmark.training import built
+from fmlit.benchmark.workload import Setup
+from fmlit.commands.options import build_sampler
+from fmlit.figures.solver_table import affordable_steps
+from fmlit.generative import GenerativeModel
+from fmlit.randomness import image_seeds
+from fmlit.samplers import ODEMethod, Sampler, SDEMethod, balanced_labels
+from fmlit.times import UniformGrid
+
+SOLVERS = [name for name in (*get_args(ODEMethod), *get_args(SDEMethod), "churn") if name != "dopri5"]
+
+
+def sampling(
+    setup: Setup, solvers: Sequence[str] | None, evaluations: Sequence[int], rounds: int, report: Report
+) -> Outcome:
+    """Images/s of every solver at the most steps that these numbers of evaluations pay for, on a uniform grid.
+
+    The network has its initial weights: with a fixed number of steps, the time does not depend on them.
+
+    Raises:
+        ValueError: there is no such solver, it chooses its own steps, or none can be paid for.
+    """
+    for name in solvers or ():
+        if name not in SOLVERS:
+            raise ValueError(f"solvers: {name} is none of {', '.join(SOLVERS)}, which take a fixed number of steps")
+    with built(setup, steps=1) as cli:
+        model, size = cli.model.model.to(setup.device).eval(), cli.datamodule.batch_size
+    samplers = {
+        f"{name} at {nfe}": build_sampler(name, steps, UniformGrid())
+        for nfe in evaluations
+        for name in solvers or SOLVERS
+        if (steps := affordable_steps(partial(build_sampler, name), model, nfe, UniformGrid()))
+    }
+    if not samplers:
+        raise ValueError(f"evaluations: {', '.join(map(str, evaluations))} pay for no step of these solvers")
+    counts = {name: count_evaluations(sampler, model) for name, sampler in samplers.items()}
+    blocks = {name: partial(timed_batch, sampler, model, size) for name, sampler in samplers.items()}
+    done = run_rounds(blocks, rounds, report.round)
+    results = rates(done, dict.fromkeys(blocks, size))
+    for name, count in counts.items():
+        results[name]["evaluations"] = count
+    details = {
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "shape": list(model.shape),
+        "batch_size": size,
+        "precision": "32-true",
+        "steps": {name: sampler.steps for name, sampler in samplers.items()},
+    }
+    return Outcome(results, done, details)
+
+
+def timed_batch(sampler: Sampler, model: GenerativeModel, size: int) -> float:
+    """Seconds for a batch of this size, with balanced labels where there are classes."""
+    seeds = image_seeds(0, range(size))
+    labels = balanced_labels(model, range(size))
+    started = now(model.device)
+    sampler.sample(model, seeds, labels)
+    return now(model.device) - started
+
+
+def count_evaluations(sampler: Sampler, model: GenerativeModel) -> int:
+    """How often one sample asks the network; the first use of its kernels falls in here too."""
+    counted = 0
+
+    def count(*_: object) -> None:
+        nonlocal counted
+        counted += 1
+
+    hook = model.net.register_forward_hook(count)
+    try:
+        timed_batch(sampler, model, 1)
+    finally:
+        hook.remove()
+    return counted

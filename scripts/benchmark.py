@@ -1,0 +1,9 @@
+"""Measure speed against a bare loop and other packages: ``python scripts/benchmark.py``; see ``--help``."""
+
+import sys
+
+from fmlit.benchmark.command import benchmark
+from fmlit.commands.options import run
+
+if __name__ == "__main__":
+    run(benchmark, sys.argv[1:])
