@@ -114,7 +114,8 @@ class GenerativeModule(pl.LightningModule, ABC):
         z, labels = batch["data"], batch["labels"] if self.model.num_classes is not None else None
         drawn, t, labels = self._draw(len(z), labels)
         eps = self._couple(z, drawn, labels)
-        torch.manual_seed(randomness.key(self.seed, self.images_seen, "dropout", self.global_rank))
+        dropout = randomness.key(self.seed, self.images_seen, "dropout", self.global_rank)
+        randomness.seed_layers(dropout, self.device)
         losses = self.loss(z, eps, t, labels)
         self.guard.note(losses.detach())
         self.images_seen += len(z) * self.trainer.world_size

@@ -25,6 +25,16 @@ def training_generator(seed: int, images_seen: int, stream: str, device: torch.d
     return torch.Generator(device).manual_seed(key(seed, images_seen, stream))
 
 
+def seed_layers(number: int, device: torch.device) -> None:
+    """Seed what dropout draws from on this device. ``torch.manual_seed`` does it for all devices, and takes 0.1 ms."""
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(number)
+        return
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(number)
+
+
 def image_seeds(seed: int, indices: Sequence[int] | Tensor) -> Tensor:
     """Seeds of images ``indices`` of the collection ``seed``: int64 (B,), distinct for all indices below 2^32."""
     if not 0 <= seed < 2**31:

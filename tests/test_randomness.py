@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fmlit.randomness import image_noise, image_seeds, key, training_generator
+from fmlit.randomness import image_noise, image_seeds, key, seed_layers, training_generator
 
 
 def test_keys_are_the_same_in_every_process_and_release():
@@ -61,3 +61,11 @@ def test_image_noise_is_standard_normal_and_neighbouring_seeds_are_independent()
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 1e-3
     correlation = (noise[1:] * noise[:-1]).mean().item() * (1999 * 10) ** 0.5
     assert abs(correlation) < 4
+
+
+def test_layers_draw_as_after_torchs_own_seed():
+    torch.manual_seed(7)
+    expected = torch.rand(5)
+    torch.rand(3)
+    seed_layers(7, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), expected)

@@ -35,7 +35,7 @@ class EMA(pl.Callback):
         self.half_lives, self.ramp = tuple(half_lives), ramp
         self.names = tuple(f"ema_{half_life}" for half_life in self.half_lives)
         self.copies: dict[str, AveragedModel] = {}
-        self._decay = 0.0
+        self._parameters: dict[str, list[Tensor]] = {}  # of the trained network ("") and of each copy
         self._images_seen = self._step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -44,17 +44,14 @@ class EMA(pl.Callback):
             self.copies = {name: self._new_copy(pl_module.model.net) for name in self.names}
 
     def _new_copy(self, net: nn.Module) -> AveragedModel:
-        copy = AveragedModel(net, multi_avg_fn=self._average, use_buffers=False).float()
+        copy = AveragedModel(net, use_buffers=False).float()
         copy.requires_grad_(False)
         return copy.eval()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for copy in self.copies.values():
             copy.module.to(pl_module.device)  # the count stays on the CPU, where reading it stalls no queue
-
-    def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], _: Tensor | int) -> None:
-        current = [p.to(a.dtype) for a, p in zip(averaged, current, strict=True)]
-        torch._foreach_lerp_(list(averaged), current, 1 - self._decay)
+        self._parameters = {}
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -66,9 +63,17 @@ class EMA(pl.Callback):
         self._step = trainer.global_step
         seen = pl_module.images_seen
         step, self._images_seen = seen - self._images_seen, seen
-        for half_life, copy in zip(self.half_lives, self.copies.values(), strict=True):
-            self._decay = 0.5 ** (step / min(half_life, self.ramp * seen))
-            copy.update_parameters(pl_module.model.net)
+        if not self._parameters:  # listing them takes eight times as long as averaging those of a small network
+            nets: dict[str, nn.Module] = {"": pl_module.model.net, **self.copies}
+            self._parameters = {name: [*net.parameters()] for name, net in nets.items()}
+        trained = [p.float() for p in self._parameters[""]]
+        for half_life, (name, copy) in zip(self.half_lives, self.copies.items(), strict=True):
+            if copy.n_averaged == 0:
+                torch._foreach_copy_(self._parameters[name], trained)
+            else:
+                decay = 0.5 ** (step / min(half_life, self.ramp * seen))
+                torch._foreach_lerp_(self._parameters[name], trained, 1 - decay)
+            copy.n_averaged += 1
 
     def model(self, module: GenerativeModule, name: str | None = None) -> GenerativeModel:
         """The module's ``GenerativeModel`` around an averaged copy (the first, or the one of that name)."""
@@ -87,5 +92,5 @@ class EMA(pl.Callback):
             raise ValueError(f"the checkpoint has no average {missing[0]}, only {sorted(stored)}: keep ema.half_lives")
         for name, copy in self.copies.items():
             copy.module.load_state_dict(stored[name])
-            copy.n_averaged.fill_(1)  # torch's first update copies the weights instead of averaging
+            copy.n_averaged.fill_(1)  # the first update copies the weights instead of averaging
         self._images_seen, self._step = checkpoint["images_seen"], checkpoint["global_step"]
