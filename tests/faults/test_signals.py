@@ -158,3 +158,18 @@ def test_an_error_of_one_rank_while_sampling_ends_both_and_is_named(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_short_soak(ranks, tmp_path):
     assert soak(tmp_path, kills=8, ranks=ranks).late > 0
+
+
+def test_a_preempted_run_goes_on_in_the_same_wandb_run(tmp_path):
+    options = ("--trainer.logger=fmlit.loggers.WandbLogger", "--images=600")
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    job = Job(tmp_path, *options, environment=environment)
+    job.wait_until(trained)
+    job.signal(signal.SIGTERM)
+    (outcome,) = job.outcomes()
+    assert outcome.code == 143
+    assert "no longer recording" not in outcome.err
+    Job(tmp_path, *options, environment=environment).finish()
+    ids = [path.name.rpartition("-")[2] for path in (job.run / "wandb").glob("offline-run-*")]
+    assert len(ids) == 2
+    assert len(set(ids)) == 1
