@@ -35,7 +35,14 @@ def test_processes_that_would_each_train_alone_in_the_same_folder_are_stopped(mo
 
 def start(folder: Path, *args: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(SCRIPT), "--runs", str(folder / "runs"), "--config", str(recipe(folder)), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_listen_to_ctrl_c
+    )
+
+
+def _listen_to_ctrl_c() -> None:
+    """What a shell starts in the background ignores it, and so would all that these tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:

@@ -76,15 +76,19 @@ class Preemption(pl.Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = max(self._received, SIGNALS.index(signal.Signals(number).name))
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Before data are read, where one rank may fail and leave while others would still be connecting.
+        if dist.is_available() and dist.is_initialized():
+            self._ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+            self._ranks.gather_objects(None)  # all are connected
+        else:
+            self._ranks = Ranks()
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._install()  # again, in place of what Lightning has put there; it restores what it found
         if trainer.world_size > 1:
             # Its broadcast of a flag that is never set now, in every step, with a wait for the device.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if dist.is_available() and dist.is_initialized():
-            self._ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
-        else:
-            self._ranks = Ranks()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
