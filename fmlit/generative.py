@@ -1,7 +1,8 @@
 """``GenerativeModel``: a network together with the meaning of its output. The noun that samplers and scripts take."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ class GenerativeModel(nn.Module):
             labels = torch.full_like(t, self.num_classes, dtype=torch.int64)
         elif labels is not None and self.num_classes is None:
             raise ValueError("labels were given to an unconditional model; pass labels=None")
-        return self.net(self.prediction.network_input(self.path, x, t), t, labels)
+        # Expanded times are no other case for a compiled network.
+        return self.net(self.prediction.network_input(self.path, x, t), t.contiguous(), labels)
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The marginal velocity u_t(x)."""
@@ -78,3 +80,15 @@ class GenerativeModel(nn.Module):
     def data(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """E[z | x_t = x]: the denoised x."""
         return self.prediction.data(self.path, self(x, t, labels), x, t)
+
+
+@contextmanager
+def evaluation_mode(model: GenerativeModel) -> Iterator[None]:
+    """Evaluation mode for every part of the network; each is put back as it was (a frozen part may differ)."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

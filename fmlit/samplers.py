@@ -7,8 +7,7 @@ bit-identical for any number of processes.
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from inspect import signature
 from typing import Any, Literal, get_args
@@ -18,15 +17,16 @@ from torch import Tensor
 
 from fmlit import guidance, solvers
 from fmlit.dynamics import BetaDiffusion, Diffusion, Field
-from fmlit.generative import GenerativeModel
+from fmlit.generative import GenerativeModel, evaluation_mode
 from fmlit.predictions import Velocity
-from fmlit.randomness import image_noise, image_seeds
+from fmlit.randomness import image_noise
 from fmlit.solvers.sde import check_churn
 from fmlit.tensors import expand_time
 from fmlit.times import EDMGrid, Grid, Limits, UniformGrid, sampling_limits, sigma_limits
 
 ODEMethod = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm"]
 SDEMethod = Literal["euler_maruyama", "stochastic_heun"]
+Precision = Literal["float32", "bfloat16"]
 EXPONENTIAL = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm")
 
 
@@ -34,6 +34,8 @@ def _label(key: str, value: Any) -> str:
     """A number after its key; for a grid or diffusion its class and whatever is not its default: ``edm_rho5``."""
     if isinstance(value, (int, float)):
         return f"{key}{value:g}"
+    if isinstance(value, str):
+        return value
     kind = type(value).__name__.removesuffix("Grid").removesuffix("Diffusion").lower()
     changed = [f.name for f in fields(value) if getattr(value, f.name) != f.default] if is_dataclass(value) else []
     return "_".join([kind, *(_label(name, getattr(value, name)) for name in changed)])
@@ -50,13 +52,19 @@ class Sampler(ABC):
     steps: int
     grid: Grid
     guidance: float
+    precision: Precision
 
     @property
     def name(self) -> str:
+        """``named`` without a guide."""
+        return self.named()
+
+    def named(self, guided: bool = False) -> str:
         """Method, steps and whatever differs from the sampler's defaults, for protocols.
 
-        ``heun18``, ``midpoint10+uniform`` (a grid), ``unipc10+cfg1.5`` (guidance), ``eulermaruyama250+reverse`` (a
-        diffusion coefficient), ``dopri5`` (which chooses its own steps).
+        ``heun18``, ``midpoint10+uniform`` (a grid), ``unipc10+cfg1.5`` (classifier-free guidance, or ``auto1.5`` by a
+        guide), ``eulermaruyama250+reverse`` (a diffusion coefficient), ``heun18+bfloat16`` (the network's arithmetic),
+        ``dopri5`` (which chooses its own steps).
         """
         steps = "" if self.method == "dopri5" else self.steps
         parts = [f"{self.method.replace('_', '')}{steps}"]
@@ -65,7 +73,7 @@ class Sampler(ABC):
             if key not in ("method", "steps", "guidance") and value != parameter.default:
                 parts.append(_label(key, value))
         if self.guidance != 1:
-            parts.append(f"cfg{self.guidance:g}")
+            parts.append(f"{'auto' if guided else 'cfg'}{self.guidance:g}")
         return re.sub(r"[^A-Za-z0-9_.+]", "_", "+".join(parts))  # what protocols take
 
     @abstractmethod
@@ -80,7 +88,12 @@ class Sampler(ABC):
 
     @torch.no_grad()
     def sample(
-        self, model: GenerativeModel, seeds: Tensor, labels: Tensor | None = None, trajectory: bool = False
+        self,
+        model: GenerativeModel,
+        seeds: Tensor,
+        labels: Tensor | None = None,
+        trajectory: bool = False,
+        guide: GenerativeModel | None = None,
     ) -> Tensor:
         """Draw one sample per seed.
 
@@ -89,13 +102,14 @@ class Sampler(ABC):
             seeds: (B,) int64, one per image: it alone decides the image's noise. See ``randomness.image_seeds``.
             labels: (B,) int64 class ids, or None for unconditional samples.
             trajectory: return every state instead of the last.
+            guide: a weaker model of the same data, away from which ``guidance`` then pushes: autoguidance.
 
         Returns:
             (B, *shape) float32 on the model's device, or (points, B, *shape) with ``trajectory``.
         """
-        velocity = guided_velocity(model, _checked_labels(model, seeds, labels), self.guidance)
+        velocity = self._velocity(model, _checked_labels(model, seeds, labels), guide)
         times = self.grid.times(model.path, self.steps, self.limits(model))
-        with evaluation_mode(model):
+        with evaluation_mode(model), evaluation_mode(guide or model):
             noise = image_noise(seeds, model.shape).to(model.device)
             start = times[0].to(noise).expand(len(seeds))
             states = self.walk(
@@ -108,6 +122,21 @@ class Sampler(ABC):
                 states = torch.cat([states, data[None]]) if trajectory else data
         return states
 
+    def _velocity(self, model: GenerativeModel, labels: Tensor | None, guide: GenerativeModel | None) -> Field:
+        """What is followed: under guidance, by a network that computes in ``precision``; the state stays float32."""
+        if guide is None:
+            velocity = guided_velocity(model, labels, self.guidance)
+        else:
+            velocity = _autoguided_velocity(model, guide, labels, self.guidance)
+        if self.precision == "float32":
+            return velocity
+
+        def autocast(x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, torch.bfloat16):
+                return velocity(x, t).to(x.dtype)
+
+        return autocast
+
 
 class ODESampler(Sampler):
     """Follows the probability-flow ODE ``dx = u_t(x) dt``.
@@ -116,14 +145,20 @@ class ODESampler(Sampler):
         method: the solver, by its name in ``fmlit.solvers``.
         steps: number of steps; for ``dopri5`` the number of output points only, as its own steps adapt.
         grid: where the steps lie.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale, or that of autoguidance; 1 is none.
+        precision: of the network; bfloat16 is faster on GPUs, and the state of the solver stays float32.
     """
 
     def __init__(
-        self, method: ODEMethod = "heun", steps: int = 18, grid: Grid = EDMGrid(), guidance: float = 1.0
+        self,
+        method: ODEMethod = "heun",
+        steps: int = 18,
+        grid: Grid = EDMGrid(),
+        guidance: float = 1.0,
+        precision: Precision = "float32",
     ) -> None:
-        _check_sampler(method, get_args(ODEMethod), steps, guidance)
-        self.method, self.steps, self.grid, self.guidance = method, steps, grid, guidance
+        _check_sampler(method, get_args(ODEMethod), steps, guidance, precision)
+        self.method, self.steps, self.grid, self.guidance, self.precision = method, steps, grid, guidance, precision
 
     def limits(self, model: GenerativeModel) -> Limits:
         # Exponential solvers divide by alpha and by the noise level, so they need the regular part of the clock.
@@ -146,7 +181,8 @@ class SDESampler(Sampler):
         method: the solver, by its name in ``fmlit.solvers``.
         steps: number of steps.
         grid: where the steps lie.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale, or that of autoguidance; 1 is none.
+        precision: of the network; bfloat16 is faster on GPUs, and the state of the solver stays float32.
     """
 
     def __init__(
@@ -156,9 +192,11 @@ class SDESampler(Sampler):
         steps: int = 250,
         grid: Grid = UniformGrid(),
         guidance: float = 1.0,
+        precision: Precision = "float32",
     ) -> None:
-        _check_sampler(method, get_args(SDEMethod), steps, guidance)
-        self.sigma, self.method, self.steps, self.grid, self.guidance = sigma, method, steps, grid, guidance
+        _check_sampler(method, get_args(SDEMethod), steps, guidance, precision)
+        self.sigma, self.method, self.steps, self.grid = sigma, method, steps, grid
+        self.guidance, self.precision = guidance, precision
 
     def limits(self, model: GenerativeModel) -> Limits:
         return sampling_limits(model.path, model.prediction, stochastic=True)
@@ -188,7 +226,8 @@ class ChurnSampler(Sampler):
         s_max: and below which.
         s_noise: scale of the added noise.
         grid: where the steps lie.
-        guidance: classifier-free guidance scale; 1 is none.
+        guidance: classifier-free guidance scale, or that of autoguidance; 1 is none.
+        precision: of the network; bfloat16 is faster on GPUs, and the state of the solver stays float32.
     """
 
     method = "churn"
@@ -202,10 +241,11 @@ class ChurnSampler(Sampler):
         s_noise: float = 1.003,
         grid: Grid = EDMGrid(),
         guidance: float = 1.0,
+        precision: Precision = "float32",
     ) -> None:
-        _check_sampler(self.method, (self.method,), steps, guidance)
+        _check_sampler(self.method, (self.method,), steps, guidance, precision)
         check_churn(s_churn, s_min, s_max, s_noise)
-        self.steps, self.grid, self.guidance = steps, grid, guidance
+        self.steps, self.grid, self.guidance, self.precision = steps, grid, guidance, precision
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
 
     def limits(self, model: GenerativeModel) -> Limits:
@@ -221,7 +261,7 @@ class ChurnSampler(Sampler):
         return solvers.churn(velocity, x0, times, model.path, *knobs, noise=noise, trajectory=trajectory)
 
 
-def _check_sampler(method: str, methods: Sequence[str], steps: int, guidance: float) -> None:
+def _check_sampler(method: str, methods: Sequence[str], steps: int, guidance: float, precision: str) -> None:
     """Now, not at the first sample, which training may take hours to reach."""
     if method not in methods:
         raise ValueError(f"unknown method {method!r}: choose from {', '.join(methods)}")
@@ -229,6 +269,8 @@ def _check_sampler(method: str, methods: Sequence[str], steps: int, guidance: fl
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0 <= guidance < math.inf:
         raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"unknown precision {precision!r}: choose from {', '.join(get_args(Precision))}")
 
 
 def guided_velocity(model: GenerativeModel, labels: Tensor | None, scale: float) -> Field:
@@ -240,47 +282,16 @@ def guided_velocity(model: GenerativeModel, labels: Tensor | None, scale: float)
     return guidance.labelled_classifier_free(model.velocity, labels, model.null_label, scale)
 
 
-@contextmanager
-def evaluation_mode(model: GenerativeModel) -> Iterator[None]:
-    """Evaluation mode for every part of the network; each is put back as it was (a frozen part may differ)."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def balanced_labels(model: GenerativeModel, indices: Sequence[int] | Tensor) -> Tensor | None:
-    """Labels of samples ``indices`` of a class-balanced collection: ``i mod num_classes``; None without classes."""
-    return None if model.num_classes is None else torch.as_tensor(indices, dtype=torch.int64) % model.num_classes
-
-
-def generate(
-    model: GenerativeModel,
-    sampler: Sampler,
-    n: int,
-    seed: int = 0,
-    batch_size: int = 256,
-    labels: Tensor | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[tuple[range, Tensor]]:
-    """This rank's share of exactly ``n`` samples, as (indices, samples (b, *shape)).
-
-    Batch j always holds samples jB ... jB + B - 1, the last one padded, and batches are dealt to ranks in turn: sample
-    i does not depend on the world size. ``labels`` (n,) defaults to classes in turn.
-    """
-    if n < 1 or batch_size < 1:
-        raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
-    if labels is not None and len(labels) != n:
-        raise ValueError(f"labels must have one entry for each of the {n} samples, got {len(labels)}")
-    for start in range(rank * batch_size, n, world_size * batch_size):
-        indices = torch.arange(start, start + batch_size).clamp(max=n - 1)
-        batch_labels = balanced_labels(model, indices) if labels is None else labels[indices]
-        kept = range(start, min(start + batch_size, n))
-        yield kept, sampler.sample(model, image_seeds(seed, indices), batch_labels)[: len(kept)]
+def _autoguided_velocity(model: GenerativeModel, guide: GenerativeModel, labels: Tensor | None, scale: float) -> Field:
+    """The model's velocity, pushed away from that of its guide, which may know no classes."""
+    for what in ("shape", "path"):
+        if getattr(guide, what) != getattr(model, what):
+            raise ValueError(
+                f"the guide has the {what} {getattr(guide, what)}, the model {getattr(model, what)}: a guide is a "
+                f"weaker model of the same data on the same path"
+            )
+    known = _checked_labels(guide, torch.empty(0) if labels is None else labels, labels if guide.num_classes else None)
+    return guidance.autoguidance(guided_velocity(model, labels, 1.0), guided_velocity(guide, known, 1.0), scale)
 
 
 def _checked_labels(model: GenerativeModel, seeds: Tensor, labels: Tensor | None) -> Tensor | None:

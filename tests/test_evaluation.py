@@ -23,10 +23,11 @@ from fmlit.data.imagefiles import read_images, save_npz
 from fmlit.dynamics import ReverseDiffusion
 from fmlit.evaluation import cells, reports, scoring
 from fmlit.evaluation.scoring import Scorer, choose_features, nearest_in
+from fmlit.generation import generate
 from fmlit.metrics import GaussianStatistics, PixelFeatures, frechet_distance
 from fmlit.paths import CondOTPath, VPPath
 from fmlit.randomness import training_generator
-from fmlit.samplers import ODESampler, SDESampler, generate
+from fmlit.samplers import ODESampler, SDESampler
 from fmlit.tensors import to_uint8
 from fmlit.times import UniformGrid
 

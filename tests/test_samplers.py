@@ -12,6 +12,7 @@ from torch import nn
 
 from fmlit import solvers
 from fmlit.dynamics import BetaDiffusion, ReverseDiffusion, sde_drift
+from fmlit.generation import balanced_labels, generate
 from fmlit.generative import GenerativeModel
 from fmlit.guidance import classifier_free
 from fmlit.metrics import Protocol
@@ -19,17 +20,7 @@ from fmlit.mixtures import GaussianMixture
 from fmlit.paths import CondOTPath, VPPath
 from fmlit.predictions import Velocity
 from fmlit.randomness import image_noise, image_seeds
-from fmlit.samplers import (
-    EXPONENTIAL,
-    ChurnSampler,
-    ODEMethod,
-    ODESampler,
-    Sampler,
-    SDEMethod,
-    SDESampler,
-    balanced_labels,
-    generate,
-)
+from fmlit.samplers import EXPONENTIAL, ChurnSampler, ODEMethod, ODESampler, Sampler, SDEMethod, SDESampler
 from fmlit.times import CosineGrid, EDMGrid, LogitSNRGrid, UniformGrid
 
 MIXTURE = GaussianMixture([[-1.0], [1.5]], [0.3, 0.5], [0.6, 0.4])

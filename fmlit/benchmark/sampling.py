@@ -10,9 +10,10 @@ from fmlit.benchmark.training import built
 from fmlit.benchmark.workload import Setup
 from fmlit.commands.options import build_sampler
 from fmlit.figures.solver_table import affordable_steps
+from fmlit.generation import balanced_labels
 from fmlit.generative import GenerativeModel
 from fmlit.randomness import image_seeds
-from fmlit.samplers import ODEMethod, Sampler, SDEMethod, balanced_labels
+from fmlit.samplers import ODEMethod, Sampler, SDEMethod
 from fmlit.times import UniformGrid
 
 SOLVERS = [name for name in (*get_args(ODEMethod), *get_args(SDEMethod), "churn") if name != "dopri5"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fmlit.compilation import compile_net
 from fmlit.generative import GenerativeModel
 from fmlit.modules import GenerativeModule
 
@@ -49,8 +50,11 @@ class EMA(pl.Callback):
         return copy.eval()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, GenerativeModule)
         for copy in self.copies.values():
             copy.module.to(pl_module.device)  # the count stays on the CPU, where reading it stalls no queue
+            if pl_module.compile_mode:
+                compile_net(copy.module, pl_module.compile_mode)
         self._parameters = {}
 
     @torch.no_grad()

@@ -9,11 +9,12 @@ import torch
 
 from fmlit.callbacks.checkpoint import save
 from fmlit.callbacks.intervals import EveryImages, averages_of, check_sampler, log_metrics, sampled_model
+from fmlit.generation import generate
 from fmlit.metrics import Features, ImageQuality, PixelFeatures, Reference, reference_statistics
 from fmlit.metrics.quality import Metric, quantised
 from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
-from fmlit.samplers import ODESampler, Sampler, generate
+from fmlit.samplers import ODESampler, Sampler
 
 
 class QualityCurve(EveryImages):

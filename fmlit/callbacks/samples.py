@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from fmlit.callbacks.intervals import EveryImages, check_sampler, sampled_model
+from fmlit.generation import generate
 from fmlit.generative import GenerativeModel
 from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
 from fmlit.pictures import draw_samples
-from fmlit.samplers import ODESampler, Sampler, generate
+from fmlit.samplers import ODESampler, Sampler
 
 MOST_ROWS = 16
 POINTS = 4096

@@ -14,9 +14,11 @@ from fmlit.commands.options import (
     choose_device,
     find_checkpoint,
     folder_of_run,
+    load_guide,
     processes,
     training_data,
 )
+from fmlit.compilation import CompileMode, compile_net
 from fmlit.data import DataModule
 from fmlit.dynamics import Diffusion
 from fmlit.evaluation import reports
@@ -25,6 +27,7 @@ from fmlit.evaluation.reports import Record, Results
 from fmlit.evaluation.scoring import METRICS, Scorer, choose_features
 from fmlit.metrics import Features
 from fmlit.metrics.ranks import Ranks
+from fmlit.samplers import Precision
 from fmlit.times import Grid
 
 
@@ -43,6 +46,9 @@ def evaluate(
     guidance: Numbers | None = None,
     grid: Grid | None = None,
     sigma: Diffusion | float | None = None,
+    guide: str | None = None,
+    precision: Precision | None = None,
+    compile: CompileMode | None = None,
     weights: str | None = None,
     seed: int | None = None,
     batch_size: int = 250,
@@ -74,9 +80,12 @@ def evaluate(
         flip: Compare with the real images and their mirror images.
         solver: Solvers by name: heun (default), euler, unipc, dpmpp_2m, euler_maruyama, ...
         steps: Numbers of steps, such as 5,10,20; by default 18, 250 for an SDE, 128 for churn.
-        guidance: Scales of classifier-free guidance, such as 1.0,1.5; 1 (default) is none.
+        guidance: Scales of guidance, such as 1.0,1.5; 1 (default) is none. Classifier-free unless there is a guide.
         grid: Where the steps lie.
         sigma: Diffusion coefficient of an SDE: a number, or a class.
+        guide: Checkpoint of a weaker model of the same data (smaller, or less trained) for autoguidance.
+        precision: Of the network: float32 (default), or bfloat16, which is faster on GPUs.
+        compile: Mode of torch.compile for the network: default, max-autotune, ...; by default it runs plainly.
         weights: ema (default) for the first average, raw for the trained weights, or the name of an average.
         seed: Of the samples, default 0.
         batch_size: Samples per batch and process.
@@ -89,8 +98,9 @@ def evaluate(
         device: auto, cpu, cuda, cuda:1, ...
     """
     sampling: dict[str, Any] = {"solver": solver, "steps": steps, "guidance": guidance, "grid": grid, "sigma": sigma}
+    sampling |= {"guide": guide, "precision": precision}
     sampling |= {"neighbours": neighbours or None, "save_images": save_images}
-    model = {"n": n, "weights": weights, "seed": seed, **sampling}
+    model = {"n": n, "weights": weights, "seed": seed, "compile": compile, **sampling}
     if neighbours < 0:
         raise ValueError(f"neighbours must be a number of samples, got {neighbours}")
     chosen = _check_metrics(metrics or ["fid", "kid"], images is not None)
@@ -123,10 +133,16 @@ def evaluate(
         else:
             assert file is not None
             loaded = checkpoints.load_model(file, weights or "ema", trust, where).requires_grad_(False)
-            of_model = ModelCells(loaded, weights or "ema", scorer, 5000 if n is None else n, seed or 0)
+            weaker = load_guide(guide, trust, where)
+            for part in (loaded, weaker):
+                if compile and part:
+                    compile_net(part.requires_grad_(False).net, compile)
+            of_model = ModelCells(loaded, weights or "ema", scorer, 5000 if n is None else n, seed or 0, weaker)
             solvers = [] if set(chosen) == {"bpd"} else solver or ["heun"]
             sweep = itertools.product(solvers, steps or [None], guidance or [1.0])
-            samplers = [build_sampler(name, count, grid, scale, sigma) for name, count, scale in sweep]
+            samplers = [
+                build_sampler(name, count, grid, scale, sigma, precision or "float32") for name, count, scale in sweep
+            ]
             saved = Path(save_images) if save_images else None
             cells = [of_model.samples(sampler, folder, neighbours, saved) for sampler in samplers]
             cells += [of_model.likelihood()] if "bpd" in chosen else []

@@ -19,9 +19,10 @@ from jsonargparse.typing import register_type
 from fmlit import checkpoints, descriptions, errors
 from fmlit.data import DataModule
 from fmlit.dynamics import ConstantDiffusion, Diffusion
+from fmlit.generative import GenerativeModel
 from fmlit.metrics.ranks import Ranks
 from fmlit.parsing import Parser
-from fmlit.samplers import ChurnSampler, ODEMethod, ODESampler, Sampler, SDEMethod, SDESampler
+from fmlit.samplers import ChurnSampler, ODEMethod, ODESampler, Precision, Sampler, SDEMethod, SDESampler
 from fmlit.times import Grid
 
 
@@ -87,11 +88,11 @@ def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) ->
     return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
 
 
-def find_checkpoint(path: str) -> Path:
+def find_checkpoint(path: str, option: str = "checkpoint") -> Path:
     """A checkpoint file as it is; of a run folder, its newest checkpoint ``checkpoints/last.ckpt``."""
     found = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
     if not found.is_file():
-        raise ValueError(f"there is no checkpoint {found}: give --checkpoint a .ckpt file or the folder of a run")
+        raise ValueError(f"there is no checkpoint {found}: give --{option} a .ckpt file or the folder of a run")
     return found
 
 
@@ -119,6 +120,7 @@ def build_sampler(
     grid: Grid | None = None,
     guidance: float = 1.0,
     sigma: Diffusion | float | None = None,
+    precision: Precision = "float32",
 ) -> Sampler:
     """The sampler of a solver's name: an ODE's, an SDE's with ``sigma``, or churn. What is None keeps its default."""
     odes, sdes = get_args(ODEMethod), get_args(SDEMethod)
@@ -129,9 +131,15 @@ def build_sampler(
     diffusion = ConstantDiffusion(sigma) if isinstance(sigma, int | float) else sigma
     options = {"steps": steps, "grid": grid, "sigma": diffusion}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {"guidance": guidance, "precision": precision}
     if solver == "churn":
-        return ChurnSampler(guidance=guidance, **given)
-    return (SDESampler if solver in sdes else ODESampler)(method=solver, guidance=guidance, **given)  # type: ignore
+        return ChurnSampler(**given)
+    return (SDESampler if solver in sdes else ODESampler)(method=solver, **given)  # type: ignore
+
+
+def load_guide(path: str | None, trust: Sequence[str], device: torch.device) -> GenerativeModel | None:
+    """The model of a ``--guide``, by the first average of its checkpoint."""
+    return None if path is None else checkpoints.load_model(find_checkpoint(path, "guide"), "ema", trust, device)
 
 
 def choose_device(device: str) -> torch.device:

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from fmlit import checkpoints
 from fmlit.checkpoints import replacing
-from fmlit.commands.options import Names, build_sampler, choose_device, find_checkpoint, training_data
+from fmlit.commands.options import Names, build_sampler, choose_device, find_checkpoint, load_guide, training_data
+from fmlit.compilation import CompileMode, compile_net
 from fmlit.data.imagefiles import save_npz, save_pngs
 from fmlit.dynamics import Diffusion
+from fmlit.generation import generate
 from fmlit.generative import GenerativeModel
 from fmlit.outputs import new_file, new_folder, progress
 from fmlit.pictures import draw_samples, image_grid
 from fmlit.randomness import image_seeds
-from fmlit.samplers import generate
+from fmlit.samplers import Precision
 from fmlit.tensors import to_uint8
 from fmlit.times import Grid
 
@@ -49,6 +51,9 @@ def sample(
     out: str = "samples.png",
     save_images: str | None = None,
     trajectory: str | None = None,
+    guide: str | None = None,
+    precision: Precision = "float32",
+    compile: CompileMode | None = None,
     trust: Names = Names(),
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def sample(
         solver: heun, euler, midpoint, rk4, dopri5, ddim, dpmpp_2m, dpmpp_3m, unipc, ipndm for the ODE; euler_maruyama,
             stochastic_heun for the SDE; churn.
         steps: Number of steps; by default 18, 250 for an SDE, 128 for churn.
-        guidance: Scale of classifier-free guidance; 1 is none.
+        guidance: Scale of classifier-free guidance, or of autoguidance where there is a guide; 1 is none.
         grid: Where the steps lie.
         sigma: Diffusion coefficient of an SDE: a number, or a class.
         weights: ema for the first average, raw for the trained weights, or the name of an average.
@@ -74,6 +79,9 @@ def sample(
         out: PNG file for the grid of samples, 10000 at most (a plot, if the model makes vectors).
         save_images: Folder for a PNG of each sample, or an .npz file for all (arr_0: uint8, N x H x W x C).
         trajectory: Of the first samples, from noise to data: .png for a row of states each, .gif for an animation.
+        guide: Checkpoint of a weaker model of the same data (smaller, or less trained) for autoguidance.
+        precision: Of the network: float32, or bfloat16, which is faster on GPUs.
+        compile: Mode of torch.compile for the network: default, max-autotune, ...; by default it runs plainly.
         trust: Packages besides fmlit whose classes the checkpoint may name.
         device: auto, cpu, cuda, cuda:1, ...
     """
@@ -81,8 +89,12 @@ def sample(
         raise ValueError(f"n, batch_size and columns must be at least 1, got {n}, {batch_size} and {columns}")
     started = time.perf_counter()
     file = find_checkpoint(checkpoint)
-    sampler = build_sampler(solver, steps, grid, guidance, sigma)
-    model = checkpoints.load_model(file, weights, trust, choose_device(device))
+    sampler = build_sampler(solver, steps, grid, guidance, sigma, precision)
+    where = choose_device(device)
+    model, weaker = checkpoints.load_model(file, weights, trust, where), load_guide(guide, trust, where)
+    for part in (model, weaker):
+        if compile and part:
+            compile_net(part.net, compile)
     picture = new_file(out, ".png")
     path = None if trajectory is None else new_file(trajectory, ".png", ".gif")
     if path == picture:
@@ -95,22 +107,23 @@ def sample(
         len(classes) if classes is not None and len(classes) <= MOST_COLUMNS else math.isqrt(n - 1) + 1
     )
 
+    name = sampler.named(guided=weaker is not None)
     with _files(save_images, vectors=len(model.shape) != 3) as save:
         size = min(batch_size, n)
-        batches = generate(model, sampler, n, seed, size, asked)
-        drawn = [samples.cpu() for _, samples in progress(batches, math.ceil(n / size), sampler.name)]
+        batches = generate(model, sampler, n, seed, size, asked, guide=weaker)
+        drawn = [samples.cpu() for _, samples in progress(batches, math.ceil(n / size), name)]
         samples = torch.cat(drawn)
         save(samples, asked)
     _write(draw_samples(samples[:SHOWN], per_row), picture)
     if path is not None:
         indices = torch.arange(min(n, ANIMATED))
         first = None if asked is None else asked[: len(indices)]
-        states = to_uint8(sampler.sample(model, image_seeds(seed, indices), first, trajectory=True)).cpu()
+        states = to_uint8(sampler.sample(model, image_seeds(seed, indices), first, True, weaker)).cpu()
         draw_trajectory(states, path, per_row)
     files = {"picture": str(picture), "images": save_images, "trajectory": trajectory}
     return {
         **{name: value for name, value in files.items() if value is not None},
-        **{"n": n, "seed": seed, "weights": weights, "sampler": sampler.name},
+        **{"n": n, "seed": seed, "weights": weights, "sampler": name},
         "seconds": round(time.perf_counter() - started, 2),
     }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fmlit.data.datasets import LabelledDataset, TrainingView, as_is
+from fmlit.data.resident import ResidentDataset, resident
 from fmlit.data.stream import GlobalBatchSampler, TrainingOrder
 from fmlit.tensors import from_uint8
 
@@ -47,6 +48,7 @@ class DataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.seed = seed
         self._datasets: dict[Split, LabelledDataset] = {}
+        self._resident: ResidentDataset | None = None
 
     @abstractmethod
     def load(self, split: Split) -> LabelledDataset:
@@ -72,7 +74,8 @@ class DataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         """Endless batches ``{"data": (share, *shape), "labels": int64 (share,)}``, starting where training stands.
 
-        Images are uint8 until `on_after_batch_transfer`. Without a trainer, the loader of a single process.
+        Images are uint8 until `on_after_batch_transfer`. Without a trainer, the loader of a single process. Where the
+        data fit on the accelerator they are copied there, and batches hold rows and flips until then.
 
         Raises:
             ValueError: see ``share``.
@@ -87,19 +90,24 @@ class DataModule(LightningDataModule, ABC):
             self.horizontal_flip,
             self._images_seen,
         )
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        self._resident = resident(dataset, device)
         return DataLoader(
-            TrainingView(dataset),
+            self._resident or TrainingView(dataset),
             batch_sampler=sampler,
             collate_fn=as_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_outlive_sigterm,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=device.type == "cuda" and self._resident is None,
             generator=torch.Generator().manual_seed(self.seed),  # else each start takes a draw from the global one
         )
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Images to float32 in [-1, 1], on the device; vectors as they are."""
+        if "rows" in batch:
+            assert self._resident is not None  # whose rows they are
+            batch = self._resident.take(batch)
         data = batch["data"]
         return {**batch, "data": from_uint8(data) if data.dtype == torch.uint8 else data}
 

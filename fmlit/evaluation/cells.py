@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmlit.data.imagefiles import read_images, save_pngs
 from fmlit.descriptions import describe
 from fmlit.evaluation.reports import Record
 from fmlit.evaluation.scoring import Scorer, beside_neighbours, bits_per_dimension, nearest_in
+from fmlit.generation import balanced_labels, generate
 from fmlit.generative import GenerativeModel
 from fmlit.metrics.features import weights_digest
 from fmlit.metrics.quality import quantised
 from fmlit.outputs import new_folder, progress
 from fmlit.pictures import image_grid
 from fmlit.randomness import image_seeds
-from fmlit.samplers import Sampler, SDESampler, balanced_labels, generate
+from fmlit.samplers import Sampler, SDESampler
 from fmlit.tensors import to_uint8
 
 NEIGHBOURS = 7  # training images beside each sample
@@ -64,9 +65,18 @@ class ModelCells:
         scorer: of the data that it was trained on; samples come in batches of the same size as real images.
         n: number of samples, and the most test images whose likelihood is taken.
         seed: of both.
+        guide: a weaker model, for autoguidance.
     """
 
-    def __init__(self, model: GenerativeModel, weights: str, scorer: Scorer, n: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: GenerativeModel,
+        weights: str,
+        scorer: Scorer,
+        n: int,
+        seed: int,
+        guide: GenerativeModel | None = None,
+    ) -> None:
         if n < 2:
             raise ValueError(f"n must be at least 2, got {n}")
         if model.shape != tuple(scorer.data.shape):
@@ -79,11 +89,11 @@ class ModelCells:
                 f"metric class needs a model of the data's {scorer.data.num_classes} classes, and this one has "
                 f"{model.num_classes or 'none'}"
             )
-        model_digest = hashlib.sha256(json.dumps(describe(model)).encode()).hexdigest()[:12]
+        self.guide = guide
         self.model, self.weights, self.scorer, self.n, self.seed = model, weights, scorer, n, seed
         self.identity: Record = {
             "weights": weights,
-            "of": f"{weights_digest(model.net.state_dict())} in {model_digest}",
+            "of": _digest(model),
             "n": n,
             "seed": seed,
             "batch_size": scorer.batch_size,
@@ -91,22 +101,24 @@ class ModelCells:
 
     def samples(self, sampler: Sampler, folder: Path, neighbours: int = 0, save_images: Path | None = None) -> Cell:
         """Scores of n samples; nearest neighbours go into ``folder``, and all samples below ``save_images``."""
+        name = sampler.named(guided=self.guide is not None)
         identity = {
-            "name": sampler.name,
+            "name": name,
             "solver": sampler.method,
             "steps": sampler.steps,
             "guidance": sampler.guidance,
             "grid": repr(sampler.grid),
             "sigma": repr(sampler.sigma) if isinstance(sampler, SDESampler) else None,
         }
-        label = f"{sampler.name}-{self.weights}-{self.n}-seed{self.seed}"
+        identity |= {} if self.guide is None else {"guide": _digest(self.guide)}
+        label = f"{name}-{self.weights}-{self.n}-seed{self.seed}"
         picture = folder / f"neighbours-{label}.png" if neighbours else None
         pngs = save_images / label if save_images else None
 
         def measure() -> Record:
             opened = new_folder(pngs, self.scorer.ranks) if pngs else nullcontext()
-            with opened as target, _counted_rows(self.model.net) as rows:
-                outcome = self.scorer.score(self._stream(sampler, target), self.weights, sampler.name)
+            with opened as target, _counted_rows(self.model, self.guide) as rows:
+                outcome = self.scorer.score(self._stream(sampler, target), self.weights, name)
             outcome["nfe"] = round(sum(rows) / max(self._drawn, 1), 1)  # rank 0, whose record counts, has drawn some
             if picture is not None:
                 outcome["nearest"] = self._draw_neighbours(sampler, neighbours, picture)
@@ -137,8 +149,8 @@ class ModelCells:
     def _stream(self, sampler: Sampler, target: Path | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """This rank's share of the samples, with a bar on a terminal."""
         ranks, size = self.scorer.ranks, self.scorer.batch_size
-        batches = generate(self.model, sampler, self.n, self.seed, size, rank=ranks.rank, world_size=ranks.size)
-        for indices, samples in progress(batches, self._drawn // size, sampler.name, shown=ranks.rank == 0):
+        batches = generate(self.model, sampler, self.n, self.seed, size, None, ranks.rank, ranks.size, self.guide)
+        for indices, samples in progress(batches, self._drawn // size, sampler.named(), shown=ranks.rank == 0):
             images = quantised(samples)
             if target is not None:
                 save_pngs(target, images, indices.start)
@@ -150,7 +162,7 @@ class ModelCells:
 
         def first_samples() -> Tensor:
             labels = balanced_labels(self.model, indices)
-            return to_uint8(sampler.sample(self.model, image_seeds(self.seed, indices), labels)).cpu()
+            return to_uint8(sampler.sample(self.model, image_seeds(self.seed, indices), labels, guide=self.guide)).cpu()
 
         samples, dataset = scorer.ranks.from_first(first_samples), scorer.data.dataset("train")
         distances, nearest = nearest_in(dataset, scorer.features, samples, NEIGHBOURS, scorer.batch_size, scorer.ranks)
@@ -160,12 +172,23 @@ class ModelCells:
         return [round(distance, 4) for distance in distances[:, 0].tolist()]
 
 
+def _digest(model: GenerativeModel) -> str:
+    """Of weights and all that surrounds them."""
+    surroundings = hashlib.sha256(json.dumps(describe(model)).encode()).hexdigest()[:12]
+    return f"{weights_digest(model.net.state_dict())} in {surroundings}"
+
+
 @contextmanager
-def _counted_rows(net: nn.Module) -> Iterator[list[int]]:
-    """The batch size of every evaluation of the network: guidance doubles it."""
+def _counted_rows(*models: GenerativeModel | None) -> Iterator[list[int]]:
+    """The batch size of every evaluation of a network: guidance doubles it, and a guide is evaluated as well.
+
+    Counted at the model, around its network: a hook inside would be compiled.
+    """
     rows: list[int] = []
-    handle = net.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    counted = [model for model in models if model is not None]
+    handles = [model.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0]))) for model in counted]
     try:
         yield rows
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

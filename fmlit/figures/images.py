@@ -6,10 +6,11 @@ from matplotlib.figure import Figure
 from fmlit.dynamics import BetaDiffusion
 from fmlit.figures import style
 from fmlit.figures.memorisation import real_digits
+from fmlit.generation import balanced_labels
 from fmlit.generative import GenerativeModel
 from fmlit.paths import CondOTPath, CosinePath, VPPath
 from fmlit.randomness import image_noise, image_seeds
-from fmlit.samplers import ODESampler, SDESampler, balanced_labels
+from fmlit.samplers import ODESampler, SDESampler
 from fmlit.times import UniformGrid
 
 COLUMNS = 11

@@ -10,11 +10,12 @@ from torch import Tensor
 from fmlit.data.digits import Digits
 from fmlit.figures import style
 from fmlit.figures.oracle import exact_model
+from fmlit.generation import balanced_labels
 from fmlit.generative import GenerativeModel
 from fmlit.metrics.neighbours import nearest_neighbours
 from fmlit.mixtures import GaussianMixture
 from fmlit.randomness import image_seeds
-from fmlit.samplers import ODESampler, balanced_labels
+from fmlit.samplers import ODESampler
 from fmlit.tensors import from_uint8
 
 COPY = 1 / 3  # of the distance to the second nearest

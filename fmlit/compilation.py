@@ -1,0 +1,45 @@
+"""``torch.compile`` for a network, in place: its parameters keep their names, and a failure ends in plain PyTorch."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+log = logging.getLogger(__name__)
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+def compile_net(net: nn.Module, mode: CompileMode) -> None:
+    """Compile what calls to ``net`` run, for static shapes: each new batch size is compiled anew, once.
+
+    Copies of the network share the compiled code, but a copy made by ``deepcopy`` runs plainly until it is compiled,
+    too. Where the compiler fails (no C++ compiler or Triton, an operation that it does not know), one line says so and
+    the network runs plainly from then on.
+
+    Args:
+        net: the network; compiling is put off to its first call.
+        mode: of ``torch.compile``; "reduce-overhead" and "max-autotune" use CUDA graphs.
+    """
+    # What net.compile() does, with a way out.
+    net._compiled_call_impl = _OrPlain(net, torch.compile(net._call_impl, mode=mode, dynamic=False))
+
+
+class _OrPlain:
+    """Calls the compiled network; the plain one after the compiler has failed."""
+
+    def __init__(self, net: nn.Module, compiled: Callable[..., Any]) -> None:
+        self.net, self.compiled, self.failed = net, compiled, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.failed:
+            try:
+                return self.compiled(*args, **kwargs)
+            except TorchDynamoException as error:  # what the network itself raises passes
+                self.failed = True
+                reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
+                log.warning("torch.compile failed (%s: %s); training goes on without it", type(error).__name__, reason)
+        return self.net._call_impl(*args, **kwargs)
