@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fmlit import randomness
+from fmlit.compilation import CompileMode, compile_net
 from fmlit.couplings import Coupling, IndependentCoupling, transport_cost
 from fmlit.data.base import DataModule
 from fmlit.descriptions import describe
 from fmlit.generative import GenerativeModel
 from fmlit.gradients import GradientGuard
 from fmlit.objectives import flow_matching_loss, score_matching_loss
+from fmlit.optimizers import MuonAdamW
 from fmlit.paths import CondOTPath, GaussianPath, VPPath
 from fmlit.predictions import Noise, Prediction, Score, Velocity
 from fmlit.times import Limits, TimeLaw, UniformTime, training_limits
+from fmlit.uncertainty import TimeUncertainty
 
 NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
 Decay = Literal["constant", "linear", "cosine"]
@@ -44,11 +47,16 @@ class GenerativeModule(pl.LightningModule, ABC):
         coupling: how data and noise are paired within a batch.
         label_drop: probability with which a sample's label is replaced by the null label.
         images: run length in training images; the decay ends there.
-        learning_rate: AdamW's, after warm-up.
+        learning_rate: of the optimiser, AdamW, after warm-up.
         warmup_images: images over which the learning rate rises linearly from 0.
-        decay: the learning rate after warm-up: "constant", "linear" or "cosine" to 0 at ``images``.
+        stable_images: images after warm-up before it decays.
+        decay: the learning rate from then on: "constant", "linear" or "cosine" to 0 at ``images``.
         betas: AdamW's.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's and Muon's.
+        muon: train hidden matrices and kernels by Muon, the rest by AdamW, at the same learning rate.
+        uncertainty: learn a weight of the loss over t along with the network; see ``TimeUncertainty``.
+        channels_last: keep kernels and activations in the channels-last format, which suits GPUs.
+        compile: mode of ``torch.compile`` for the network; null runs it plainly.
         seed: of all training draws; the command line takes it from ``seed_everything``.
     """
 
@@ -66,9 +74,14 @@ class GenerativeModule(pl.LightningModule, ABC):
         images: int = 1_000_000,
         learning_rate: float = 2e-4,
         warmup_images: int = 0,
+        stable_images: int = 0,
         decay: Decay = "constant",
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
+        muon: bool = False,
+        uncertainty: bool = False,
+        channels_last: bool = False,
+        compile: CompileMode | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -76,8 +89,9 @@ class GenerativeModule(pl.LightningModule, ABC):
             raise ValueError("conditional: true needs data with classes, and this data has none")
         if not 0 <= label_drop <= 1:
             raise ValueError(f"label_drop must be a probability in [0, 1], got {label_drop}")
-        if images < 1 or warmup_images < 0:
-            raise ValueError(f"images must be positive and warmup_images not negative, got {images}, {warmup_images}")
+        if images < 1 or warmup_images < 0 or stable_images < 0:
+            given = f"{images}, {warmup_images} and {stable_images}"
+            raise ValueError(f"images must be positive, warmup_images and stable_images not negative, got {given}")
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {learning_rate}")
         if decay not in get_args(Decay):
@@ -85,7 +99,11 @@ class GenerativeModule(pl.LightningModule, ABC):
         classes = num_classes if conditional else None
         self.model = GenerativeModel(net(tuple(shape), classes), path, prediction, shape, classes)
         self.time_law, self.coupling, self.label_drop = time_law, coupling, label_drop
-        self.images, self.warmup_images, self.decay = images, warmup_images, decay
+        self.uncertainty = TimeUncertainty() if uncertainty else None
+        if channels_last:
+            self.model.net.to(memory_format=torch.channels_last)
+        self.muon, self.compile_mode = muon, compile
+        self.images, self.warmup_images, self.stable_images, self.decay = images, warmup_images, stable_images, decay
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.seed = seed
         self.images_seen = 0
@@ -98,6 +116,10 @@ class GenerativeModule(pl.LightningModule, ABC):
     def time_limits(self) -> Limits:
         """The times at which the loss is finite."""
         return training_limits(self.model.path, self.model.prediction)
+
+    def on_fit_start(self) -> None:
+        if self.compile_mode:
+            compile_net(self.model.net, self.compile_mode)
 
     def on_train_start(self) -> None:
         self.guard.to(self.device)
@@ -119,7 +141,8 @@ class GenerativeModule(pl.LightningModule, ABC):
         losses = self.loss(z, eps, t, labels)
         self.guard.note(losses.detach())
         self.images_seen += len(z) * self.trainer.world_size
-        outputs = {"loss": losses.mean(), "losses": losses.detach(), "times": t}
+        weighed = losses if self.uncertainty is None else self.uncertainty.weigh(losses, self.model.path, t)
+        outputs = {"loss": weighed.mean(), "losses": losses.detach(), "times": t}
         if eps is not drawn:
             outputs["transport_cost"] = transport_cost(z, eps)
             outputs["transport_cost_independent"] = transport_cost(z, drawn)
@@ -158,13 +181,14 @@ class GenerativeModule(pl.LightningModule, ABC):
         return slice(self.global_rank * size, (self.global_rank + 1) * size)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(
-            self.model.net.parameters(),
-            lr=self.learning_rate,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            fused=not self._scaled,  # a gradient scaler and clipping do not go together with it
-        )
+        settings: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
+        settings["fused"] = not self._scaled  # a gradient scaler and clipping do not go together with it
+        others = [] if self.uncertainty is None else list(self.uncertainty.parameters())
+        optimizer: Optimizer
+        if self.muon:
+            optimizer = MuonAdamW(self.model.net, others=others, **settings)
+        else:
+            optimizer = torch.optim.AdamW([*self.model.net.parameters(), *others], **settings)
         # Keyed by images, not by steps: the recipe stays the same when the batch size changes.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.learning_rate_factor(self.images_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -196,7 +220,8 @@ class GenerativeModule(pl.LightningModule, ABC):
             return images_seen / self.warmup_images
         if self.decay == "constant":
             return 1.0
-        done = min(1.0, (images_seen - self.warmup_images) / max(1, self.images - self.warmup_images))
+        start = self.warmup_images + self.stable_images
+        done = min(1.0, max(0, images_seen - start) / max(1, self.images - start))
         return 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ class UNet(nn.Module):
         attention: resolutions (heights in pixels) at which self-attention is used.
         head_channels: channels of one attention head.
         dropout: dropout probability in the residual blocks.
+        scale_shift: time and label scale and shift normalised activations (Dhariwal & Nichol 2021, "adaptive group
+            normalisation") instead of being added to them.
     """
 
     def __init__(
@@ -41,9 +43,11 @@ class UNet(nn.Module):
         attention: Sequence[int] = (16,),
         head_channels: int = 64,
         dropout: float = 0.1,
+        scale_shift: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.num_classes = tuple(shape), num_classes
+        self.scale_shift = scale_shift
         self.channels, self.multipliers, self.blocks = channels, tuple(multipliers), blocks
         self.attention, self.head_channels, self.dropout = tuple(attention), head_channels, dropout
         _check_unet(self)
@@ -63,6 +67,7 @@ class UNet(nn.Module):
             attention_head_dim=head_channels,
             norm_num_groups=_norm_groups(channels),
             dropout=dropout,
+            resnet_time_scale_shift="scale_shift" if scale_shift else "default",
             num_class_embeds=None if num_classes is None else num_classes + 1,
         )
         self.unet = cast(nn.Module, unet)

@@ -1,5 +1,7 @@
 """What the contenders of the benchmark do: the bare loop trains as fmlit does, the peers train at all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_benchmark import setup
@@ -10,6 +12,7 @@ from fmlit.benchmark.training import built, peak_memory
 from fmlit.benchmark.workload import NETS, Workload, recipe
 from fmlit.commands.options import build_sampler
 from fmlit.modules import FlowMatchingModule
+from fmlit.networks import UNet
 from fmlit.times import UniformGrid
 
 CPU = torch.device("cpu")
@@ -54,8 +57,6 @@ def test_the_bare_loop_learns_averages_and_clips(work):
 
 
 def test_batches_of_the_bare_loop_flip_and_drop_as_the_recipe_does(work):
-    from dataclasses import replace
-
     torch.manual_seed(0)
     bare = loops.BareLoop(replace(work, batch_size=400, flip=True, label_drop=0.25))
     z, labels = bare.batch()
@@ -175,6 +176,29 @@ def test_evaluations_are_those_of_one_sample(work):
     from fmlit.predictions import Velocity
 
     model = GenerativeModel(work.net, CondOTPath(), Velocity(), (1, 8, 8), 10)
-    assert count_evaluations(build_sampler("midpoint", 3, UniformGrid()), model) == 6
+    assert count_evaluations(build_sampler("midpoint", 3, UniformGrid()), model, 2) == 6
     assert not model.net._forward_hooks
     assert "dopri5" not in SOLVERS
+
+
+def test_layout_and_compiler_are_those_that_are_asked_for(tmp_path, monkeypatch):
+    with built(setup(tmp_path, channels_last=True, compile="reduce-overhead"), 1) as cli:
+        work = Workload.of(cli, CPU)
+    compiled = []
+    monkeypatch.setattr(loops, "compile_net", lambda net, mode: compiled.append(mode))
+    kernel = loops.BareLoop(work).net.unet.mid_block.resnets[0].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert not kernel.is_contiguous()
+    assert cli.model.compile_mode == "reduce-overhead"
+    assert compiled == ["reduce-overhead"]
+    published_loop = published.PublishedFlowMatching.__new__(published.PublishedFlowMatching)
+    published_loop.work, published_loop.device = work, CPU
+    assert published_loop._copy_of_net().unet.mid_block.resnets[0].conv1.weight.is_contiguous()
+
+
+def test_what_an_image_costs(work):
+    """A convolution of 8 x 8 pixels has 2 * 64 * 9 * in * out FLOPs; ours has some ten of up to 64 channels."""
+    first = 2 * 64 * 9 * 1 * 32
+    assert 3 * 20 * first < work.flops() < 3e9
+    wide = replace(work, net=UNet((3, 32, 32)), images=torch.zeros(1, 3, 32, 32, dtype=torch.uint8), conditional=False)
+    assert wide.flops() / 3e9 == pytest.approx(12.44, abs=0.005)  # torchcfm's, counted with the same tool

@@ -252,8 +252,9 @@ def test_a_checkpoint_describes_its_model(tmp_path):
     [
         ({"num_classes": None}, "conditional: true needs data with classes"),
         ({"label_drop": 1.5}, r"label_drop must be a probability in \[0, 1\], got 1.5"),
-        ({"images": 0}, "images must be positive and warmup_images not negative, got 0, 0"),
-        ({"warmup_images": -1}, "got 1000000, -1"),
+        ({"images": 0}, "images must be positive, warmup_images and stable_images not negative, got 0, 0 and 0"),
+        ({"warmup_images": -1}, "got 1000000, -1 and 0"),
+        ({"stable_images": -2}, "got 1000000, 0 and -2"),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
         ({"decay": "cosin"}, "unknown decay 'cosin': choose from constant, linear, cosine"),

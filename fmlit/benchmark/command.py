@@ -11,6 +11,7 @@ from fmlit.benchmark.machine import hardware, versions
 from fmlit.benchmark.outcome import Outcome, Report
 from fmlit.benchmark.workload import Setup, recipe
 from fmlit.commands.options import Integers, Names, choose_device
+from fmlit.compilation import CompileMode
 from fmlit.metrics import Features
 from fmlit.outputs import new_file
 
@@ -23,7 +24,9 @@ SOME: dict[str, tuple[tuple[What, ...], Any]] = {
     "steps": (("training", "data", "ranks"), 20),
     "lead": (("training", "data", "ranks"), 3),
     "peers": (("training", "data"), Names(PEERS)),
-    "precision": (("training",), None),
+    "precision": (("training", "sampling"), None),
+    "compile": (("training", "sampling"), None),
+    "channels_last": (("training", "sampling"), None),
     "memory": (("training",), "on"),
     "solvers": (("sampling",), None),
     "evaluations": (("sampling",), Integers((10, 20, 35))),
@@ -41,6 +44,8 @@ def benchmark(
     batch_size: int | None = None,
     peers: Names | None = None,
     precision: Literal["32-true", "bf16-mixed"] | None = None,
+    compile: CompileMode | None = None,
+    channels_last: bool | None = None,
     memory: Literal["on", "off"] | None = None,
     solvers: Names | None = None,
     evaluations: Integers | None = None,
@@ -66,7 +71,9 @@ def benchmark(
         lead: Steps before each, not timed (3).
         batch_size: Images per step, or per batch of samples or features; by default the recipe's.
         peers: Any of torchcfm, flow_matching, diffusers; none for fmlit and the bare loop alone. Default: all.
-        precision: By default what train.py chooses: bf16-mixed on a GPU that has it, else 32-true.
+        precision: By default what train.py chooses: bf16-mixed on a GPU that has it, else 32-true. Of sampling 32-true.
+        compile: Mode of torch.compile for the network, of fmlit and of loops with its settings. Default: the recipe's.
+        channels_last: Keep kernels and activations in that format; by default as the recipe says.
         memory: Whether to measure peak memory too, each contender in a process of its own. Default: on.
         solvers: Solvers by name; by default all that take a fixed number of steps.
         evaluations: Of the network, at most, per sample (10,20,35).
@@ -84,13 +91,15 @@ def benchmark(
         "lead": lead,
         "peers": peers,
         "precision": precision,
+        "compile": compile,
+        "channels_last": channels_last,
     }
     given |= {"memory": memory, "solvers": solvers, "evaluations": evaluations, "images": images, "features": features}
     options = _options(what, {**given, "threads": threads}, rounds)
     file = new_file(out, ".json")
     if threads is not None:
         torch.set_num_threads(threads)
-    setup = Setup(recipe(net), str(chosen), batch_size, precision, threads)
+    setup = Setup(recipe(net), str(chosen), batch_size, precision, threads, compile, channels_last)
     outcome = _measure(what, setup, options, Report(rounds))
     record = {
         "what": what,
@@ -132,7 +141,8 @@ def _options(what: What, given: Mapping[str, Any], rounds: int) -> dict[str, Any
 
 def _measure(what: What, setup: Setup, options: dict[str, Any], report: Report) -> Outcome:
     # The rest is part of the setup. Imported by what is asked for: each brings libraries that the others do without.
-    options = {name: value for name, value in options.items() if name not in ("batch_size", "precision", "threads")}
+    of_setup = ("batch_size", "precision", "threads", "compile", "channels_last")
+    options = {name: value for name, value in options.items() if name not in of_setup}
     if what == "training":
         from fmlit.benchmark.training import training
 

@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from fmlit.benchmark.rounds import now
 from fmlit.benchmark.workload import Workload
+from fmlit.compilation import compile_net
 from fmlit.networks import UNet
 from fmlit.tensors import from_uint8
 
@@ -37,12 +38,15 @@ class Loop(ABC):
 class BareLoop(Loop):
     """A step of flow matching and nothing else, with fmlit's settings: fused AdamW, foreach EMA, data on the device.
 
+    The recipe's memory format and mode of torch.compile are its own, too.
     No seeded draws, no logging, no check that the loss is finite. A subclass replaces ``loss`` alone.
     """
 
     def __init__(self, work: Workload) -> None:
         self.work, self.device = work, work.device
         self.net: UNet = copy.deepcopy(work.net).to(work.device).train()
+        if work.compile:
+            compile_net(self.net, work.compile)
         self.weights: list[Tensor] = list(self.net.parameters())
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=work.learning_rate, betas=work.betas, weight_decay=work.weight_decay, fused=True

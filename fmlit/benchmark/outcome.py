@@ -10,6 +10,7 @@ from fmlit.benchmark.rounds import Round
 # Columns of the table by the key of what they show: heading, format, and whether the extremes are shown beside it.
 COLUMNS: dict[str, tuple[str, str, bool]] = {
     "images_per_second": ("images/s", ".4g", True),
+    "tflops": ("TFLOP/s", ".3g", False),
     "ms_per_step": ("ms/step", ".4g", False),
     "seconds": ("seconds", ".4g", True),
     "seconds_per_1000": ("s per 1,000 images", ".4g", True),

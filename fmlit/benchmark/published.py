@@ -110,7 +110,7 @@ class PublishedLoop(Loop):
         return images.to(self.device, non_blocking=True), labels
 
     def _copy_of_net(self) -> Any:
-        return copy.deepcopy(self.work.net).to(self.device).train()
+        return copy.deepcopy(self.work.net).to(self.device).to(memory_format=torch.contiguous_format).train()
 
 
 class PublishedTorchCFM(PublishedLoop):

@@ -9,11 +9,12 @@ from fmlit.benchmark.rounds import now, rates, run_rounds
 from fmlit.benchmark.training import built
 from fmlit.benchmark.workload import Setup
 from fmlit.commands.options import build_sampler
+from fmlit.compilation import compile_net
 from fmlit.figures.solver_table import affordable_steps
 from fmlit.generation import balanced_labels
 from fmlit.generative import GenerativeModel
 from fmlit.randomness import image_seeds
-from fmlit.samplers import ODEMethod, Sampler, SDEMethod
+from fmlit.samplers import ODEMethod, Precision, Sampler, SDEMethod
 from fmlit.times import UniformGrid
 
 SOLVERS = [name for name in (*get_args(ODEMethod), *get_args(SDEMethod), "churn") if name != "dopri5"]
@@ -34,15 +35,18 @@ def sampling(
             raise ValueError(f"solvers: {name} is none of {', '.join(SOLVERS)}, which take a fixed number of steps")
     with built(setup, steps=1) as cli:
         model, size = cli.model.model.to(setup.device).eval(), cli.datamodule.batch_size
+    if setup.compile:
+        compile_net(model.net, setup.compile)
+    precision: Precision = "bfloat16" if setup.precision == "bf16-mixed" else "float32"
     samplers = {
-        f"{name} at {nfe}": build_sampler(name, steps, UniformGrid())
+        f"{name} at {nfe}": build_sampler(name, steps, UniformGrid(), precision=precision)
         for nfe in evaluations
         for name in solvers or SOLVERS
         if (steps := affordable_steps(partial(build_sampler, name), model, nfe, UniformGrid()))
     }
     if not samplers:
         raise ValueError(f"evaluations: {', '.join(map(str, evaluations))} pay for no step of these solvers")
-    counts = {name: count_evaluations(sampler, model) for name, sampler in samplers.items()}
+    counts = {name: count_evaluations(sampler, model, size) for name, sampler in samplers.items()}
     blocks = {name: partial(timed_batch, sampler, model, size) for name, sampler in samplers.items()}
     done = run_rounds(blocks, rounds, report.round)
     results = rates(done, dict.fromkeys(blocks, size))
@@ -52,7 +56,9 @@ def sampling(
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "shape": list(model.shape),
         "batch_size": size,
-        "precision": "32-true",
+        "precision": precision,
+        "compile": setup.compile,
+        "channels_last": setup.channels_last,
         "steps": {name: sampler.steps for name, sampler in samplers.items()},
     }
     return Outcome(results, done, details)
@@ -67,17 +73,17 @@ def timed_batch(sampler: Sampler, model: GenerativeModel, size: int) -> float:
     return now(model.device) - started
 
 
-def count_evaluations(sampler: Sampler, model: GenerativeModel) -> int:
-    """How often one sample asks the network; the first use of its kernels falls in here too."""
+def count_evaluations(sampler: Sampler, model: GenerativeModel, size: int) -> int:
+    """How often a batch asks the network; the first use of its kernels, or their compilation, falls in here too."""
     counted = 0
 
     def count(*_: object) -> None:
         nonlocal counted
         counted += 1
 
-    hook = model.net.register_forward_hook(count)
+    hook = model.register_forward_hook(count)  # not of the network, where it would be compiled
     try:
-        timed_batch(sampler, model, 1)
+        timed_batch(sampler, model, size)
     finally:
         hook.remove()
     return counted

@@ -128,10 +128,12 @@ def training(
         report(f"{name} is left out: {reason}")
     done, work = race(setup, builders, lead, steps, rounds, report.round)
     results: dict[str, dict[str, Any]] = rates(done, dict.fromkeys(done[0].seconds, steps * work.batch_size), BARE)
+    flops = work.flops()
     for name, result in results.items():
         result |= spread("ms_per_step", [1e3 * turn.seconds[name] / steps for turn in done])
         over = [1e3 * (turn.seconds[name] - turn.seconds[BARE]) / steps for turn in done]
         result |= spread("ms_over_bare", over)
+        result["tflops"] = result["images_per_second"] * flops / 1e12
     if memory == "on":
         for name, size in peak_memories(setup, list(results), report).items():
             results[name]["peak_memory_gb"] = None if size is None else round(size / 1e9, 3)
@@ -140,6 +142,9 @@ def training(
         "shape": list(work.images.shape[1:]),
         "batch_size": work.batch_size,
         "precision": "bf16-mixed" if work.mixed else "32-true",
+        "compile": work.compile,
+        "channels_last": setup.channels_last,
+        "gflops_per_image": flops / 1e9,
         "lead": lead,
         "steps": steps,
     }

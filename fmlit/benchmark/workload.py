@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fmlit
 from fmlit.callbacks import EMA
 from fmlit.cli import TrainingCLI
+from fmlit.compilation import CompileMode
 from fmlit.modules import FlowMatchingModule
 from fmlit.networks import UNet
 from fmlit.paths import CondOTPath
@@ -53,6 +55,8 @@ class Setup:
         batch_size: images per step; None is the recipe's.
         precision: Lightning's name; None is what train.py chooses.
         threads: of PyTorch; None is its own choice.
+        compile: mode of torch.compile for the network; None is the recipe's.
+        channels_last: format of kernels and activations; None is the recipe's.
     """
 
     recipe: Path
@@ -60,6 +64,8 @@ class Setup:
     batch_size: int | None = None
     precision: str | None = None
     threads: int | None = None
+    compile: CompileMode | None = None
+    channels_last: bool | None = None
 
     def build(self, steps: int, runs: str | Path, devices: int | None = None) -> TrainingCLI:
         """Model, data and Trainer for so many steps, as train.py builds them; the run folder goes into ``runs``.
@@ -73,7 +79,9 @@ class Setup:
         args += ["--trainer.accumulate_grad_batches=1"]
         args += ["--trainer.strategy=ddp"] if devices else []
         args += [] if self.batch_size is None else [f"--data.batch_size={self.batch_size}"]
-        args += [] if self.precision is None else [f"--trainer.precision={self.precision}"]
+        given: dict[str, object] = {"trainer.precision": self.precision, "model.init_args.compile": self.compile}
+        given |= {"model.init_args.channels_last": self.channels_last}
+        args += [f"--{key}={str(value).lower()}" for key, value in given.items() if value is not None]
         with quiet():
             return TrainingCLI(args)
 
@@ -117,6 +125,7 @@ class Workload:
         clip: largest norm of the gradient, or None.
         half_lives: of the averages of the weights, in images.
         ramp: largest half-life as a share of the images seen.
+        compile: mode of torch.compile for the network, or None.
     """
 
     net: UNet
@@ -135,6 +144,7 @@ class Workload:
     clip: float | None
     half_lives: tuple[int, ...]
     ramp: float
+    compile: CompileMode | None
 
     @classmethod
     def of(cls, cli: TrainingCLI, device: torch.device) -> "Workload":
@@ -165,7 +175,18 @@ class Workload:
             clip=trainer.gradient_clip_val,
             half_lives=average.half_lives,
             ramp=average.ramp,
+            compile=module.compile_mode,
         )
+
+    def flops(self) -> int:
+        """Of training on one image, as models are counted: three times those of the network, multiplications and
+        additions apart, whatever is computed around it or twice."""
+        one = copy.deepcopy(self.net).to("meta")
+        inputs = [torch.empty(1, *self.images.shape[1:]), torch.empty(1)]
+        labels = torch.zeros(1, dtype=torch.int64, device="meta") if self.conditional else None
+        with FlopCounterMode(display=False) as counter:
+            one(*(tensor.to("meta") for tensor in inputs), labels)
+        return 3 * counter.get_total_flops()
 
 
 def _check(module: object, precision: str) -> None:

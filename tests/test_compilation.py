@@ -1,0 +1,88 @@
+"""torch.compile: the same numbers under the same names, in training and for averages; plain PyTorch where it fails."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from small_runs import digits_module, fit, tiny_mlp, tiny_unet, weights
+from torch import nn
+from torch._dynamo.utils import counters
+
+from fmlit import checkpoints
+from fmlit.callbacks import EMA, Checkpoint
+from fmlit.compilation import compile_net
+from fmlit.randomness import image_seeds
+from fmlit.samplers import ODESampler
+
+pytestmark = pytest.mark.slow  # a C++ compiler at work
+
+X, T, LABELS = torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def test_a_compiled_network_gives_the_same_under_the_same_names():
+    net = tiny_unet((1, 8, 8), 10, dropout=0.0)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.1)  # the last layers start from zero
+    compiled = copy.deepcopy(net)
+    compile_net(compiled, "default")
+    assert list(compiled.state_dict()) == list(net.state_dict())
+    torch.testing.assert_close(compiled(X, T, LABELS), net(X, T, LABELS), rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_copies_share_what_was_compiled():
+    net = tiny_mlp((1, 8, 8), 10).eval()
+    with torch.no_grad():
+        for copied in (net, copy.deepcopy(net), copy.deepcopy(net)):
+            compile_net(copied, "default")
+            copied(X, T, LABELS)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_training_sampling_and_checkpoints(tmp_path):
+    plain, compiled = digits_module(), digits_module(compile="default")
+    ema = EMA(half_lives=[100, 200])
+    fit(plain, tmp_path / "plain", 4)
+    fit(compiled, tmp_path / "compiled", 4, ema, Checkpoint(every=48))
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(compiled)[name], value, rtol=1e-3, atol=1e-5)
+    saved = checkpoints.load_model(tmp_path / "compiled" / "checkpoints" / "last.ckpt", "ema_100")
+    seeds, sampler = image_seeds(0, range(4)), ODESampler("euler", 3)
+    drawn = sampler.sample(ema.model(compiled), seeds, LABELS)
+    torch.testing.assert_close(sampler.sample(saved, seeds, LABELS), drawn, rtol=1e-3, atol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 2  # one of training, and one for both averages
+
+
+def test_two_processes(tmp_path):
+    trained = digits_module(compile="default")
+    fit(trained, tmp_path, 2, devices=1)
+    spread = digits_module(compile="default")
+    fit(spread, tmp_path, 2, devices=2, strategy="ddp_spawn")
+
+
+def test_without_a_compiler_training_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    plain, broken = digits_module(), digits_module(compile="default")
+    fit(plain, tmp_path, 2)
+    with caplog.at_level(logging.WARNING, logger="fmlit"):
+        fit(broken, tmp_path, 2)
+    (warning,) = [record for record in caplog.records if record.name == "fmlit.compilation"]
+    assert "training goes on without it" in warning.getMessage()
+    assert "\n" not in warning.getMessage()
+    assert all(torch.equal(weights(broken)[name], value) for name, value in weights(plain).items())
+
+
+def test_a_mistake_of_the_network_stays_what_it_is(caplog):
+    net = nn.Linear(3, 3)
+    compile_net(net, "default")
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        net(torch.zeros(2, 5))
