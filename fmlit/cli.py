@@ -28,7 +28,7 @@ from fmlit.launch import best_precision, better_strategy, check_launch, cluster_
 from fmlit.loggers import MetricsFile
 from fmlit.modules import GenerativeModule
 from fmlit.parsing import HELP, Parser, check_arguments, check_network, config_files
-from fmlit.resume import Start, find_start
+from fmlit.resume import Start, find_start, take_weights
 from fmlit.summary import callback, headline, summary
 
 # Trainer options that would be accepted and then ignored: the stream of batches is endless and its length is in images,
@@ -121,6 +121,12 @@ class TrainingCLI(LightningCLI):
             default=False,
             help="Go on with the newest run of this name; auto: if there is one, for jobs that are started again.",
         )
+        parser.add_argument(
+            "--start_from",
+            type=str | None,
+            help="Start a new run from trained weights: a checkpoint (its first average), the folder of a run, or one "
+            "that export.py wrote. A resumed run does not read it.",
+        )
         parser.add_argument("--images", type=int, default=1_000_000, help="Run length in training images.")
         for key, cls in PARTS.items():
             parser.add_lightning_class_args(cls, key)
@@ -155,6 +161,10 @@ class TrainingCLI(LightningCLI):
             if resumed:
                 start = runs.agree(lambda: json.dumps(find_start(self.run_folder, self.model, resume is True)))
                 self.start = Start(*json.loads(start))
+            weights = self.config["start_from"]
+            if weights is not None and self.start.checkpoint is None:  # a requeued job may have none yet
+                take_weights(weights, self.model)
+                self.start = Start(weights=weights)
             trainer = self._build_trainer(**self._trainer_settings(), **kwargs)
             self._check_processes(trainer)
         except BaseException:

@@ -1,21 +1,28 @@
-"""Where a resumed run goes on, and whether its checkpoint belongs to the model that is configured."""
+"""Where a run starts: anew, with the weights of another run, or where it was interrupted; and whether these fit."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fmlit.checkpoints import load, newest_valid
+from fmlit import export
+from fmlit.checkpoints import load, load_model, newest_valid
+from fmlit.commands.options import find_checkpoint
 from fmlit.descriptions import describe
+from fmlit.generative import GenerativeModel
 from fmlit.modules import GenerativeModule
 
 MOST_DIFFERENCES = 3
 
 
 class Start(NamedTuple):
-    """Where training starts: at the beginning, or with the state of a checkpoint after so many steps."""
+    """Where training starts: at the beginning, or with the state of a checkpoint after so many steps.
+
+    ``weights`` is where the network of a new run comes from, if it does not start from scratch.
+    """
 
     checkpoint: str | None = None
     step: int = 0
+    weights: str | None = None
 
 
 def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
@@ -37,13 +44,54 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
     differences = list(_differences(checkpoint.get("model_description"), describe(module.model), "model"))
     differences = differences or list(_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())))
     if differences:
-        more = len(differences) - MOST_DIFFERENCES
-        listed = ", ".join(differences[:MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
         raise ValueError(
-            f"{listed}: {path} holds another model; resume with the configuration in {folder / 'config.yaml'}, or "
-            f"start a new run without --resume"
+            f"{_listed(differences)}: {path} holds another model; resume with the configuration in "
+            f"{folder / 'config.yaml'}, or start a new run without --resume"
         )
     return Start(str(path), int(checkpoint["global_step"]))
+
+
+def take_weights(path: str, module: GenerativeModule) -> None:
+    """Give the module's network the weights of a trained one. Nothing else is taken.
+
+    A description may name classes of fmlit, and of the modules from which the configured model itself comes.
+
+    Args:
+        path: a checkpoint, of which the first average counts; the folder of a run, for its newest checkpoint; or a
+            folder that ``scripts/export.py`` wrote.
+        module: what will be trained.
+
+    Raises:
+        ValueError: there is no such model, it cannot be built, or its network is another one; the message names the
+            tensors that differ.
+    """
+    parts = describe(module.model)["init_args"]
+    trust = [parts[name]["class_path"].rpartition(".")[0] for name in ("net", "path", "prediction")]
+    try:
+        found, model = _read(Path(path), trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"start_from: {error}") from error
+    weights, net = model.net.state_dict(), module.model.net
+    differences = list(_differences(_shapes(weights), _shapes(net.state_dict())))
+    if differences:
+        raise ValueError(
+            f"start_from: {_listed(differences)}: {found} holds another network; give model.net the arguments that it "
+            f"was trained with, on data with as many classes, or start without it"
+        )
+    net.load_state_dict({name: weights[_plain_name(name)] for name in net.state_dict()})
+
+
+def _read(path: Path, trust: list[str]) -> tuple[Path, GenerativeModel]:
+    """The file or folder that a path stands for, and the model in there."""
+    if (path / export.DESCRIPTION).exists():
+        return path, export.load(path, trust)
+    file = find_checkpoint(str(path), "start_from")
+    return file, load_model(file, trust=trust)
+
+
+def _listed(differences: list[str]) -> str:
+    more = len(differences) - MOST_DIFFERENCES
+    return ", ".join(differences[:MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
@@ -64,4 +112,9 @@ def _plain(value: Any) -> Any:
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
-    return {name.replace("_orig_mod.", ""): list(value.shape) for name, value in state.items()}
+    return {_plain_name(name): list(value.shape) for name, value in state.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Without what torch.compile puts into the names of tensors."""
+    return name.replace("_orig_mod.", "")

@@ -133,7 +133,7 @@ def test_a_folder_is_written_as_a_whole_or_not_at_all(checkpoint, tmp_path, monk
         run(export_command, ["--checkpoint", checkpoint, "--out", str(tmp_path / "taken")])
     assert stopped.value.code == 2
     assert "taken exists already: remove it, or choose another name" in capsys.readouterr().err
-    monkeypatch.setattr(export, "readme", lambda model: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(export, "readme", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         export_command(checkpoint, out=str(tmp_path / "new"))
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine"]

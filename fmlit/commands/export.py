@@ -5,11 +5,18 @@ from typing import Any
 
 from fmlit import checkpoints
 from fmlit.commands.options import Names, find_checkpoint, folder_of_run
-from fmlit.export import save
+from fmlit.export import DType, save
 from fmlit.outputs import new_folder
 
 
-def export(checkpoint: str, weights: str = "ema", out: str | None = None, trust: Names = Names()) -> dict[str, Any]:
+def export(
+    checkpoint: str,
+    weights: str = "ema",
+    out: str | None = None,
+    dtype: DType = "float32",
+    shard_mb: int | None = None,
+    trust: Names = Names(),
+) -> dict[str, Any]:
     """Write a trained model into a folder, for others to use without the checkpoint.
 
     The folder holds model.safetensors and model.json, from which fmlit.export.load builds the model, a README, and for
@@ -19,6 +26,8 @@ def export(checkpoint: str, weights: str = "ema", out: str | None = None, trust:
         checkpoint: A checkpoint, or the folder of a run.
         weights: ema for the first average, raw for the trained weights, or the name of an average.
         out: The folder, which must be new; by default export/ in the run folder.
+        dtype: In which weights are stored. Half precision halves the files; they are loaded as float32.
+        shard_mb: Megabytes of weights per file, with an index beside them (default: one file).
         trust: Packages besides fmlit whose classes the checkpoint may name.
     """
     file = find_checkpoint(checkpoint)
@@ -26,7 +35,7 @@ def export(checkpoint: str, weights: str = "ema", out: str | None = None, trust:
     model = checkpoints.load_model(file, weights, trust)
     images_seen = checkpoints.load(file).get("images_seen")
     with new_folder(folder) as partial:
-        save(model, partial, {"weights": weights, "images_seen": images_seen})
+        save(model, partial, {"weights": weights, "images_seen": images_seen}, dtype, shard_mb)
         written = sorted(str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file())
     parameters = sum(parameter.numel() for parameter in model.net.parameters())
-    return {"folder": str(folder), "weights": weights, "parameters": parameters, "files": written}
+    return {"folder": str(folder), "weights": weights, "dtype": dtype, "parameters": parameters, "files": written}
