@@ -28,9 +28,9 @@ class Drawn(ODESampler):
         super().__init__("euler", 4)
         self.calls: list[tuple] = []
 
-    def sample(self, model, seeds, labels=None, trajectory=False):
+    def sample(self, model, seeds, labels=None, trajectory=False, guide=None):
         self.calls.append((model, seeds, labels))
-        return super().sample(model, seeds, labels, trajectory)
+        return super().sample(model, seeds, labels, trajectory, guide)
 
 
 def test_grids_are_of_the_same_noise_from_the_average_with_a_class_per_row(tmp_path):

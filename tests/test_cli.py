@@ -78,7 +78,9 @@ def test_without_a_recipe_the_script_trains_the_quickstart(
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["images"] == quickstart["images"]
     assert shown["data"]["class_path"] == quickstart["data"]["class_path"]
-    assert shown["model"]["init_args"]["net"] == quickstart["model"]["init_args"]["net"]
+    net, wanted = shown["model"]["init_args"]["net"], quickstart["model"]["init_args"]["net"]
+    assert net["class_path"] == wanted["class_path"]
+    assert net["init_args"].items() >= wanted["init_args"].items()  # the defaults are shown as well
     assert shown["ema"]["half_lives"] == quickstart["ema"]["half_lives"]
 
 

@@ -31,9 +31,9 @@ class Counting(ODESampler):
 
     drawn: tuple[int, ...] = ()
 
-    def sample(self, model, seeds, labels=None, trajectory=False):
+    def sample(self, model, seeds, labels=None, trajectory=False, guide=None):
         self.drawn += tuple(seeds.tolist())
-        return super().sample(model, seeds, labels, trajectory)
+        return super().sample(model, seeds, labels, trajectory, guide)
 
 
 class Report(pl.Callback):

@@ -1,0 +1,63 @@
+#!/bin/bash
+# One piece of the CIFAR-10 speedrun (docs/speedrun.md): train for so many minutes, score, and pack what is worth keeping.
+#
+#   scripts/speedrun.sh OUT MINUTES [option of train.py ...]
+#
+# For a GPU that is lent by the piece. The same command goes on where the last piece stopped while runs/speedrun is there;
+# on a fresh machine WEIGHTS names a folder with the files of an earlier OUT, and training starts from these weights.
+# OUT gets weights in float16 (files of at most 15 MB), a picture, and speedrun.tar.gz with settings, metrics and scores.
+#
+#   WEIGHTS=FOLDER    start from these weights
+#   N=50000           samples of the citable FID; SWEEP=5000 samples of each guided setting
+#   GUIDANCE=1.3,1.6,2.0
+#   PYTHON=python     interpreter
+#   REHEARSE=1        everything in a few minutes on a CPU, with a tiny network: look before you lease
+set -euo pipefail
+out=${1:?usage: speedrun.sh OUT MINUTES [option of train.py ...]}; minutes=${2:?usage: speedrun.sh OUT MINUTES}; shift 2
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+name=speedrun; scored=(--compile default --precision bfloat16 --batch_size 1000); n=${N:-50000}; sweep=${SWEEP:-5000}
+steps=18; few=5,10,20; guidance=${GUIDANCE:-1.3,1.6,2.0}
+recipe=(--config configs/cifar10_speedrun.yaml --trainer.logger false)
+if [ -n "${REHEARSE:-}" ]; then
+  name=speedrun-rehearsal; scored=(--batch_size 20 --features pixels); n=${N:-20}; sweep=${SWEEP:-10}; steps=3; few=2; guidance=${GUIDANCE:-1.5}
+  recipe+=(--model.net.channels 16 --model.net.multipliers "[1,2]" --model.net.blocks 1 --model.net.head_channels 16)
+  recipe+=(--model.compile null --data.batch_size 16 --images 320 --model.warmup_images 32 --model.stable_images 96)
+  recipe+=(--ema.half_lives "[32,64]" --checkpoint.every 64 --checkpoint.milestones "[32,64]" --samples.every 160)
+  recipe+=(--samples.columns 2 --samples.sampler.steps 2 --quality.sampler.steps 2 --trainer.log_every_n_steps 5)
+  recipe+=(--quality.every 160 --quality.n 10 --quality.batch_size 10 --quality.features fmlit.metrics.PixelFeatures)
+fi
+mkdir -p "$out"
+
+say() { printf '\n== %s (%d s)\n' "$*" $SECONDS; }
+
+say "training, $minutes minutes at most"
+start=(); [ -z "${WEIGHTS:-}" ] || start=(--start_from "$WEIGHTS")
+status=0 # asked to end, training saves and ends with 143
+timeout --preserve-status --signal TERM --kill-after 90 "${minutes}m" \
+  "$python" scripts/train.py "${recipe[@]}" --name "$name" --resume auto "${start[@]}" "$@" || status=$?
+[ $status = 0 ] || [ $status = 143 ]
+run=runs/$name
+
+say "what is worth keeping"
+rm -rf "$out/weights" "$run/export"
+"$python" scripts/export.py --checkpoint "$run" --dtype float16 --shard_mb 15 --out "$run/export"
+rm -rf "$run"/export/diffusers "$run/export/README.md" # nothing twice
+mv "$run"/export "$out/weights"
+cp "$(ls "$run"/samples/*.png | tail -1)" "$out/samples.png"
+
+pack() { tar czf "$out/speedrun.tar.gz" -C "$run" config.yaml metrics.csv samples $(cd "$run" && ls -d evaluation 2>/dev/null); }
+pack # now, in case that time runs out
+
+score() { "$python" scripts/evaluate.py --checkpoint "$run" --out "$run/evaluation" "${scored[@]}" "$@"; pack; }
+say "FID of $n samples, for each average"
+for weights in $("$python" -c "import sys, yaml; print(*(f'ema_{h}' for h in yaml.safe_load(open(sys.argv[1]))['ema']['half_lives']))" "$run/config.yaml"); do
+  score --weights "$weights" --n "$n" --solver heun --steps $steps --metrics fid,kid
+done
+say "autoguidance, $sweep samples each"
+for guide in "$run"/checkpoints/milestone-*.ckpt; do
+  [ ! -e "$guide" ] || score --guide "$guide" --guidance "$guidance" --n "$sweep" --solver heun --steps $steps --metrics fid
+done
+say "few steps, $sweep samples each"
+score --n "$sweep" --solver ipndm,unipc --steps $few --metrics fid
+say "done: $out"
