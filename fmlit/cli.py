@@ -48,6 +48,7 @@ PARTS = {
     "checkpoint": Checkpoint,
     "preemption": Preemption,  # after all that acts at the end of a step
 }
+MEMORY = "lower data.batch_size, or raise trainer.accumulate_grad_batches, which leaves the recipe as it is"
 PREEMPTED = 128 + signal.SIGTERM  # the exit code, whichever signal it was: what schedulers take for an ended job
 
 
@@ -257,10 +258,10 @@ def train(args: Sequence[str], default_config: Path) -> None:
     if not config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
     with _few_words():
-        with errors.one_line_errors():
+        with errors.one_line_errors(memory=MEMORY):
             cli = TrainingCLI(args)
         preempted = None
-        with errors.one_line_errors(errors.RUNNING_ERRORS):
+        with errors.one_line_errors(errors.RUNNING_ERRORS, MEMORY):
             try:
                 cli.fit()
             except Preempted as error:

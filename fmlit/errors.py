@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
@@ -35,18 +36,35 @@ def debugging() -> bool:
 
 
 @contextlib.contextmanager
-def one_line_errors(kinds: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
+def one_line_errors(
+    kinds: tuple[type[Exception], ...] = USER_ERRORS, memory: str = "try a smaller --batch_size"
+) -> Iterator[None]:
     """End the program with exit code 2 and one line on stderr where an error of these kinds is raised.
 
     A lost connection ends it with 1, as it is worth another try, and mistakes are not. ``FMLIT_DEBUG=1`` shows the
     traceback instead.
+
+    Args:
+        kinds: what to take for a mistake.
+        memory: what to do where there is not enough of it.
     """
+    looked_at: tuple[type[Exception], ...] = (RuntimeError, *kinds)
     try:
         yield
-    except kinds as error:
-        if debugging():
+    except looked_at as error:
+        short = _out_of_memory(error)
+        if debugging() or not (short or isinstance(error, kinds)):
             raise
-        exit_with(f"{error}" or type(error).__name__, code=1 if isinstance(error, ConnectionError) else 2)
+        message = f"{short}: {memory}" if short else f"{error}" or type(error).__name__
+        exit_with(message, code=1 if isinstance(error, ConnectionError) else 2)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """In short, if that is what the error says, wherever it was raised: constructors' errors come wrapped."""
+    if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in f"{error}"):
+        return ""
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", f"{error}", re.IGNORECASE)
+    return f"out of memory{f', {asked[1]} were asked for' if asked else ''}"
 
 
 def exit_with(message: str, keys: Iterable[str] = (), code: int = 2) -> NoReturn:

@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from tiny_cli import CONFIGS, recipe, runs_in, train
 
 from fmlit import errors
+from fmlit.modules import FlowMatchingModule
 
 NETWORKS = """
 from torch import nn
@@ -262,3 +264,23 @@ def test_the_script_itself_ends_with_code_2_and_one_line_before_processes_start(
     expected = "error: data.batch_size 5 is not divisible by 2 (2 processes x 1 accumulated batches): choose 4 or 6\n"
     assert ended.stderr == expected
     assert not runs_in(tmp_path)
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 1 GiB", "no room"])
+def test_out_of_memory_on_a_gpu(said, tmp_path, monkeypatch):
+    def out_of_memory(self, *_):
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr(FlowMatchingModule, "training_step", out_of_memory)
+    error = train(tmp_path, "--config", str(recipe(tmp_path))).error
+    asked = ", 2.50 GiB were asked for" if "2.50" in said else ""
+    assert error.startswith(f"out of memory{asked}: lower data.batch_size, or raise trainer.accumulate_grad")
+    assert runs_in(tmp_path) == []
+
+
+def test_out_of_memory_for_real(tmp_path):
+    """Weights of 400 terabytes."""
+    options = ("--model.net", "fmlit.networks.MLP", "--model.net.width", "10000000")
+    error = train(tmp_path, "--config", str(recipe(tmp_path)), *options).error
+    assert error.startswith("out of memory, 400000000000000 bytes were asked for: lower data.batch_size")
+    assert runs_in(tmp_path) == []
