@@ -36,7 +36,7 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 def test_the_promised_recipes_are_there() -> None:
-    expected = {"quickstart", "mnist_flow", "mnist_score", "cifar10_flow", "cifar10_score"}
+    expected = {"quickstart", "mnist_flow", "mnist_score", "cifar10_flow", "cifar10_score", "cifar10_speedrun"}
     assert expected <= {path.stem for path in RECIPES}
 
 

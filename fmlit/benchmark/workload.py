@@ -25,8 +25,9 @@ from fmlit.times import UniformTime
 
 CLONE = Path(fmlit.__file__).parent.parent
 NETS = {"cifar10": "cifar10_flow.yaml", "small": "quickstart.yaml"}
-# What is no part of a training step.
+# What is no part of a training step, and what the other loops do not do.
 OFF = ("--samples.every=null", "--quality.every=null", "--checkpoint.every=null", "--trainer.logger=false")
+PLAIN = ("--model.init_args.muon=false", "--model.init_args.uncertainty=false")
 
 
 def recipe(net: str) -> Path:
@@ -70,11 +71,11 @@ class Setup:
     def build(self, steps: int, runs: str | Path, devices: int | None = None) -> TrainingCLI:
         """Model, data and Trainer for so many steps, as train.py builds them; the run folder goes into ``runs``.
 
-        Nothing is drawn, scored or saved on the way, and W&B is off; ``devices`` is the number of processes.
+        Nothing is drawn, scored or saved on the way, W&B is off, and the optimiser is AdamW; ``devices`` is the number of processes.
         """
         device = torch.device(self.device)
         chosen = devices or (f"[{device.index or 0}]" if device.type == "cuda" else 1)
-        args = [f"--config={self.recipe}", f"--runs={runs}", *OFF, f"--trainer.max_steps={steps}"]
+        args = [f"--config={self.recipe}", f"--runs={runs}", *OFF, *PLAIN, f"--trainer.max_steps={steps}"]
         args += [f"--trainer.accelerator={device.type}", f"--trainer.devices={chosen}"]
         args += ["--trainer.accumulate_grad_batches=1"]
         args += ["--trainer.strategy=ddp"] if devices else []
