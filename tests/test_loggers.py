@@ -5,9 +5,7 @@ import json
 import logging
 import os
 import signal
-import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ import pytest
 import wandb
 from PIL import Image
 from tiny_cli import Outcome, metrics_of, runs_in, train
-from wandb.proto import wandb_internal_pb2
+from wandb_files import history, no_account, recorded  # noqa: F401  # a fixture among them
 
 from fmlit.callbacks import TrainingLog
 from fmlit.loggers import MetricsFile, WandbLogger
 
+pytestmark = pytest.mark.usefixtures("no_account")
 KEY = "0123456789abcdef" * 5
 
 
@@ -72,43 +71,6 @@ def test_a_damaged_file_does_not_stop_a_resume(tmp_path: Path, content: bytes) -
 
 
 # W&B
-
-
-@pytest.fixture(autouse=True)
-def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No key, no settings of the machine, and no service left over from another test."""
-    for name in list(os.environ):
-        if name.startswith("WANDB"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
-    monkeypatch.setenv("WANDB__SERVICE_WAIT", "60")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
-    yield
-    wandb.teardown()
-
-
-def recorded(run: Path) -> Iterator[list[Any]]:
-    """The records of each of a run's W&B files, oldest first: a LevelDB log of protocol buffers in 32 KiB blocks."""
-    wandb.teardown()  # as at the end of the process: the service writes what it still holds
-    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        raw, position, record, records = path.read_bytes(), 7, b"", []
-        while position + 7 <= len(raw):
-            if 32768 - position % 32768 < 7:
-                position += 32768 - position % 32768  # padding: a header does not cross blocks
-                continue
-            _, size, kind = struct.unpack_from("<IHB", raw, position)
-            record += raw[position + 7 : position + 7 + size]
-            position += 7 + size
-            if kind in (1, 4):  # whole, or the last part
-                records.append(wandb_internal_pb2.Record.FromString(record))  # type: ignore[attr-defined]
-                record = b""
-        yield records
-
-
-def history(records: list[Any]) -> list[dict[str, Any]]:
-    items = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
-    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row} for row in items]
 
 
 def train_with_wandb(folder: Path, *args: str) -> Outcome:
