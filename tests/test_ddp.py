@@ -59,10 +59,13 @@ class Report(pl.Callback):
         torch.save(report, self.folder / f"report-{trainer.global_rank}.pt")
 
 
-def run(folder: Path, steps: int = STEPS, dropout: float = 0.0, transport: bool = False, **settings: Any) -> None:
+def run(
+    folder: Path, steps: int = STEPS, dropout: float = 0.0, transport: bool = False, fast: bool = False, **settings: Any
+) -> None:
     """Train on the digits with everything that acts on the way."""
+    recipe = {"muon": True, "uncertainty": True, "channels_last": True} if fast else {}
     coupling = OptimalTransportCoupling(12, across_ranks=True) if transport else IndependentCoupling()
-    module = digits_module(net=functools.partial(tiny_unet, dropout=dropout), coupling=coupling)
+    module = digits_module(net=functools.partial(tiny_unet, dropout=dropout), coupling=coupling, **recipe)
     few = ODESampler("euler", 4)
     curve = QualityCurve(120, 70, metrics=("fid",), sampler=few, batch_size=16, cache=f"{folder}/cache")
     callbacks = (
@@ -128,6 +131,14 @@ def test_ranks_together_train_what_one_trains(ranks, alone, tmp_path):
     assert min(len(report["drawn"]) for report in reports) > 0
     numbered = [f"{images:09d}.ckpt" for images in (60, 120, 180, 240)]
     assert names(tmp_path / "checkpoints") == [*numbered, "best.ckpt", "last.ckpt"]
+
+
+def test_a_fast_recipe_too(tmp_path):
+    """Muon orthogonalises the gradient of the global batch, and the weight of the loss over t is learned from it."""
+    (alone,) = train(tmp_path / "1", 1, fast=True)
+    for report in train(tmp_path / "2", 2, fast=True):
+        assert_close(report["weights"], alone["weights"], 5e-5)
+        assert_close(report["ema"], alone["ema"], 5e-5)
 
 
 def test_accumulation_is_the_same_on_one_rank_and_on_two(tmp_path):
