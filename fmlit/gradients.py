@@ -32,14 +32,17 @@ class GradientGuard:
         On an accelerator a fused optimiser skips the step there. Elsewhere ``check`` is called at once.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters])
-        if clip_val and algorithm == "value":
-            clip_grad_value_(parameters, clip_val)
-        elif clip_val:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if clip_val and algorithm != "value":
+            norm = get_total_norm(gradients)
             clip_grads_with_norm_(parameters, clip_val, norm)
-        finite = torch.isfinite(norm)
+            finite = torch.isfinite(norm)
+        else:
+            finite = _all_finite(gradients, self._bad_since.device)
+            if clip_val:
+                clip_grad_value_(parameters, clip_val)
         self._bad_since = torch.where(finite | (self._bad_since >= 0), self._bad_since, images_seen)
-        if optimizer.param_groups[0].get("fused") and norm.device.type != "cpu":
+        if optimizer.param_groups[0].get("fused") and finite.device.type != "cpu":
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # what a gradient scaler would set
         else:
             self.check()
@@ -58,3 +61,10 @@ class GradientGuard:
             f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "
             f"as before it: lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
         )
+
+
+def _all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """A bool on the device, by what gradient scalers do: a third of the time of a norm, and one kernel on a GPU."""
+    found, scale = torch.zeros(1, device=device), torch.ones(1, device=device)
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, scale)
+    return found[0] == 0

@@ -71,7 +71,8 @@ class Setup:
     def build(self, steps: int, runs: str | Path, devices: int | None = None) -> TrainingCLI:
         """Model, data and Trainer for so many steps, as train.py builds them; the run folder goes into ``runs``.
 
-        Nothing is drawn, scored or saved on the way, W&B is off, and the optimiser is AdamW; ``devices`` is the number of processes.
+        Nothing is drawn, scored or saved on the way, W&B is off, and the optimiser is AdamW; ``devices`` is the number
+        of processes.
         """
         device = torch.device(self.device)
         chosen = devices or (f"[{device.index or 0}]" if device.type == "cuda" else 1)

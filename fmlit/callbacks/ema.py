@@ -70,7 +70,9 @@ class EMA(pl.Callback):
         if not self._parameters:  # listing them takes eight times as long as averaging those of a small network
             nets: dict[str, nn.Module] = {"": pl_module.model.net, **self.copies}
             self._parameters = {name: [*net.parameters()] for name, net in nets.items()}
-        trained = [p.float() for p in self._parameters[""]]
+        trained = self._parameters[""]
+        if any(p.dtype != torch.float32 for p in trained):
+            trained = [p.float() for p in trained]
         for half_life, (name, copy) in zip(self.half_lives, self.copies.items(), strict=True):
             if copy.n_averaged == 0:
                 torch._foreach_copy_(self._parameters[name], trained)
