@@ -10,6 +10,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 log = logging.getLogger(__name__)
 
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -25,19 +26,24 @@ def compile_net(net: nn.Module, mode: CompileMode) -> None:
         mode: of ``torch.compile``; "reduce-overhead" and "max-autotune" use CUDA graphs.
     """
     # What net.compile() does, with a way out.
-    net._compiled_call_impl = _OrPlain(net, torch.compile(net._call_impl, mode=mode, dynamic=False))
+    compiled = torch.compile(net._call_impl, mode=mode, dynamic=False)
+    net._compiled_call_impl = _OrPlain(net, compiled, mode in CUDA_GRAPHS)
 
 
 class _OrPlain:
-    """Calls the compiled network; the plain one after the compiler has failed."""
+    """Calls the compiled network; the plain one after the compiler has failed.
 
-    def __init__(self, net: nn.Module, compiled: Callable[..., Any]) -> None:
-        self.net, self.compiled, self.failed = net, compiled, False
+    A CUDA graph writes every output into the same memory, and solvers hold on to earlier ones: ``copies`` are made.
+    """
+
+    def __init__(self, net: nn.Module, compiled: Callable[..., Any], copies: bool) -> None:
+        self.net, self.compiled, self.copies, self.failed = net, compiled, copies, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.failed:
             try:
-                return self.compiled(*args, **kwargs)
+                output = self.compiled(*args, **kwargs)
+                return output.clone() if self.copies else output
             except TorchDynamoException as error:  # what the network itself raises passes
                 self.failed = True
                 reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")

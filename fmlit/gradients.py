@@ -31,8 +31,8 @@ class GradientGuard:
 
         On an accelerator a fused optimiser skips the step there. Elsewhere ``check`` is called at once.
         """
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [gradient for p in parameters if (gradient := p.grad) is not None]
         if clip_val and algorithm != "value":
             norm = get_total_norm(gradients)
             clip_grads_with_norm_(parameters, clip_val, norm)

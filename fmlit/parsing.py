@@ -19,7 +19,7 @@ from fmlit import errors
 
 HELP = """Train an image generator by flow matching or score matching.
 
-  train.py                                                 the quickstart: handwritten digits in two minutes
+  train.py                                                 the quickstart: handwritten digits in a minute
   train.py --config configs/cifar10_flow.yaml              a recipe; configs/ has more
   train.py --config FILE --model.net.channels 64           with any key changed
   train.py --config FILE --print_config                    every key and its value, without training

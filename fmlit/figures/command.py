@@ -48,7 +48,7 @@ def figures(
     Args:
         out: Folder for the pictures; those of the same name are replaced.
         only: Some of the pictures, by file name: flow.png,gaussian_to_data.gif.
-        checkpoint: A model of the digits, file or run folder (python scripts/train.py makes one in two minutes). The
+        checkpoint: A model of the digits, file or run folder (python scripts/train.py makes one in a minute). The
             pictures of a trained model are drawn where it is given, and the table gets a part for it.
         table: Write the errors of all solvers at 5, 10, 20 and 50 evaluations into this .md file, and draw no pictures.
             Takes two minutes for the exact fields and some ten more for the quickstart's network, on one core.
