@@ -48,7 +48,7 @@ PARTS = {
     "checkpoint": Checkpoint,
     "preemption": Preemption,  # after all that acts at the end of a step
 }
-MEMORY = "lower data.batch_size, or raise trainer.accumulate_grad_batches, which leaves the recipe as it is"
+MEMORY = "lower data.batch_size (while scoring quality.batch_size), or raise trainer.accumulate_grad_batches"
 PREEMPTED = 128 + signal.SIGTERM  # the exit code, whichever signal it was: what schedulers take for an ended job
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
@@ -25,6 +26,8 @@ def compile_net(net: nn.Module, mode: CompileMode) -> None:
         net: the network; compiling is put off to its first call.
         mode: of ``torch.compile``; "reduce-overhead" and "max-autotune" use CUDA graphs.
     """
+    # Else the backward pass is compiled where it is first run, and a failure there ends the training.
+    torch._functorch.config.force_non_lazy_backward_lowering = True
     # What net.compile() does, with a way out.
     compiled = torch.compile(net._call_impl, mode=mode, dynamic=False)
     net._compiled_call_impl = _OrPlain(net, compiled, mode in CUDA_GRAPHS)

@@ -61,7 +61,8 @@ def one_line_errors(
 
 def _out_of_memory(error: Exception) -> str:
     """In short, if that is what the error says, wherever it was raised: constructors' errors come wrapped."""
-    if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in f"{error}"):
+    said = isinstance(error, torch.OutOfMemoryError) or re.search("CUDA out of memory|DefaultCPUAllocator", f"{error}")
+    if not said:
         return ""
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", f"{error}", re.IGNORECASE)
     return f"out of memory{f', {asked[1]} were asked for' if asked else ''}"

@@ -1,6 +1,7 @@
 """Exactly n samples of a model, the same ones for any number of processes."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,4 +40,5 @@ def generate(
         indices = torch.arange(start, start + batch_size).clamp(max=n - 1)
         batch_labels = balanced_labels(model, indices) if labels is None else labels[indices]
         kept = range(start, min(start + batch_size, n))
-        yield kept, sampler.sample(model, image_seeds(seed, indices), batch_labels, guide=guide)[: len(kept)]
+        options: dict[str, Any] = {} if guide is None else {"guide": guide}  # others' samplers may know none
+        yield kept, sampler.sample(model, image_seeds(seed, indices), batch_labels, **options)[: len(kept)]

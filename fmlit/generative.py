@@ -41,6 +41,7 @@ class GenerativeModel(nn.Module):
             )
         self.net, self.path, self.prediction = net, path, prediction
         self.shape, self.num_classes = tuple(shape), num_classes
+        self.dtype: torch.dtype | None = None  # of the network's arithmetic; None leaves it to whoever calls
 
     @property
     def null_label(self) -> int | None:
@@ -63,7 +64,11 @@ class GenerativeModel(nn.Module):
         elif labels is not None and self.num_classes is None:
             raise ValueError("labels were given to an unconditional model; pass labels=None")
         # Expanded times are no other case for a compiled network.
-        return self.net(self.prediction.network_input(self.path, x, t), t.contiguous(), labels)
+        inputs = self.prediction.network_input(self.path, x, t), t.contiguous(), labels
+        if self.dtype is None:
+            return self.net(*inputs)
+        with torch.autocast(x.device.type, self.dtype):
+            return self.net(*inputs).to(x.dtype)
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The marginal velocity u_t(x)."""
@@ -83,12 +88,17 @@ class GenerativeModel(nn.Module):
 
 
 @contextmanager
-def evaluation_mode(model: GenerativeModel) -> Iterator[None]:
-    """Evaluation mode for every part of the network; each is put back as it was (a frozen part may differ)."""
-    modes = {module: module.training for module in model.modules()}
+def evaluation_mode(model: GenerativeModel, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Evaluation mode for every part of the network; each is put back as it was (a frozen part may differ).
+
+    With ``dtype`` the network computes in it by autocast; what goes in and comes out stays as it is.
+    """
+    modes, before = {module: module.training for module in model.modules()}, model.dtype
     model.eval()
+    model.dtype = dtype
     try:
         yield
     finally:
+        model.dtype = before
         for module, training in modes.items():
             module.training = training

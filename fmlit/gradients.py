@@ -43,7 +43,8 @@ class GradientGuard:
                 clip_grad_value_(parameters, clip_val)
         self._bad_since = torch.where(finite | (self._bad_since >= 0), self._bad_since, images_seen)
         if optimizer.param_groups[0].get("fused") and finite.device.type != "cpu":
-            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # what a gradient scaler would set
+            # What a gradient scaler would set. From then on, so that the weights stay as they were before.
+            optimizer.found_inf = (self._bad_since >= 0).float()  # type: ignore[attr-defined]
         else:
             self.check()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fmlit import randomness
-from fmlit.compilation import CompileMode, compile_net
+from fmlit.compilation import CUDA_GRAPHS, CompileMode, compile_net
 from fmlit.couplings import Coupling, IndependentCoupling, transport_cost
 from fmlit.data.base import DataModule
 from fmlit.descriptions import describe
@@ -92,6 +92,11 @@ class GenerativeModule(pl.LightningModule, ABC):
         if images < 1 or warmup_images < 0 or stable_images < 0:
             given = f"{images}, {warmup_images} and {stable_images}"
             raise ValueError(f"images must be positive, warmup_images and stable_images not negative, got {given}")
+        if decay != "constant" and stable_images and warmup_images + stable_images >= images:
+            raise ValueError(
+                f"stable_images {stable_images:,} leaves nothing of the {images:,} images for the decay, after "
+                f"{warmup_images:,} for warm-up: scale it with the run length"
+            )
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {learning_rate}")
         if decay not in get_args(Decay):
@@ -101,7 +106,10 @@ class GenerativeModule(pl.LightningModule, ABC):
         self.time_law, self.coupling, self.label_drop = time_law, coupling, label_drop
         self.uncertainty = TimeUncertainty() if uncertainty else None
         if channels_last:
+            if any(p.ndim == 5 for p in self.model.net.parameters()):
+                raise ValueError("channels_last is of images, and this network has kernels of three dimensions")
             self.model.net.to(memory_format=torch.channels_last)
+        self.channels_last = channels_last
         self.muon, self.compile_mode = muon, compile
         self.images, self.warmup_images, self.stable_images, self.decay = images, warmup_images, stable_images, decay
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
@@ -118,11 +126,18 @@ class GenerativeModule(pl.LightningModule, ABC):
         return training_limits(self.model.path, self.model.prediction)
 
     def on_fit_start(self) -> None:
+        if self.compile_mode in CUDA_GRAPHS and self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(  # the next graph would write over gradients that are still being summed
+                f"model.compile: {self.compile_mode} and trainer.accumulate_grad_batches do not go together; choose "
+                f"max-autotune-no-cudagraphs or default"
+            )
         if self.compile_mode:
             compile_net(self.model.net, self.compile_mode)
 
     def on_train_start(self) -> None:
         self.guard.to(self.device)
+        for optimizer in self.trainer.optimizers:
+            _lay_out(optimizer)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.world_size > 1 and isinstance(data, DataModule):
             share = data.share().size
@@ -183,7 +198,7 @@ class GenerativeModule(pl.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         settings: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
         settings["fused"] = not self._scaled  # a gradient scaler and clipping do not go together with it
-        others = [] if self.uncertainty is None else list(self.uncertainty.parameters())
+        others = [] if self.uncertainty is None else [p for p in self.uncertainty.parameters() if p.requires_grad]
         optimizer: Optimizer
         if self.muon:
             optimizer = MuonAdamW(self.model.net, others=others, **settings)
@@ -240,6 +255,14 @@ class GenerativeModule(pl.LightningModule, ABC):
         for state in (checkpoint["state_dict"], *checkpoint.get("ema", {}).values()):
             for name in [name for name in state if "_orig_mod." in name]:
                 state[name.replace("_orig_mod.", "")] = state.pop(name)
+
+
+def _lay_out(optimizer: Optimizer) -> None:
+    """Give the optimiser's state the strides of its parameters, whose memory format may be new since it was saved."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class FlowMatchingModule(GenerativeModule):

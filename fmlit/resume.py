@@ -43,6 +43,10 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
     checkpoint = load(path)
     differences = list(_differences(checkpoint.get("model_description"), describe(module.model), "model"))
     differences = differences or list(_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())))
+    states = checkpoint.get("optimizer_states") or [{}]
+    trained_by_muon = len(states[0].get("param_groups", [{}])) > 1
+    if not differences and states[0] and trained_by_muon != module.muon:
+        differences.append(f"model.muon ({trained_by_muon} there, {module.muon} here)")
     if differences:
         raise ValueError(
             f"{_listed(differences)}: {path} holds another model; resume with the configuration in "

@@ -52,7 +52,7 @@ class Sampler(ABC):
     steps: int
     grid: Grid
     guidance: float
-    precision: Precision
+    precision: Precision = "float32"
 
     @property
     def name(self) -> str:
@@ -107,9 +107,14 @@ class Sampler(ABC):
         Returns:
             (B, *shape) float32 on the model's device, or (points, B, *shape) with ``trajectory``.
         """
-        velocity = self._velocity(model, _checked_labels(model, seeds, labels), guide)
+        known = _checked_labels(model, seeds, labels)
+        if guide is None:
+            velocity = guided_velocity(model, known, self.guidance)
+        else:
+            velocity = _autoguided_velocity(model, guide, known, self.guidance)
         times = self.grid.times(model.path, self.steps, self.limits(model))
-        with evaluation_mode(model), evaluation_mode(guide or model):
+        dtype = None if self.precision == "float32" else torch.bfloat16
+        with evaluation_mode(model, dtype), evaluation_mode(guide or model, dtype):
             noise = image_noise(seeds, model.shape).to(model.device)
             start = times[0].to(noise).expand(len(seeds))
             states = self.walk(
@@ -121,21 +126,6 @@ class Sampler(ABC):
                 data = Velocity().data(model.path, velocity(last, end), last, end)
                 states = torch.cat([states, data[None]]) if trajectory else data
         return states
-
-    def _velocity(self, model: GenerativeModel, labels: Tensor | None, guide: GenerativeModel | None) -> Field:
-        """What is followed: under guidance, by a network that computes in ``precision``; the state stays float32."""
-        if guide is None:
-            velocity = guided_velocity(model, labels, self.guidance)
-        else:
-            velocity = _autoguided_velocity(model, guide, labels, self.guidance)
-        if self.precision == "float32":
-            return velocity
-
-        def autocast(x: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(x.device.type, torch.bfloat16):
-                return velocity(x, t).to(x.dtype)
-
-        return autocast
 
 
 class ODESampler(Sampler):

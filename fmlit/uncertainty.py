@@ -20,16 +20,16 @@ class TimeUncertainty(nn.Module):
         features: number of Fourier features.
     """
 
-    frequencies: Tensor
-    phases: Tensor
-
     def __init__(self, features: int = 128) -> None:
         super().__init__()
         if features < 1:
             raise ValueError(f"TimeUncertainty.features must be at least 1, got {features}")
         generator = torch.Generator().manual_seed(0)  # always the same: all ranks and resumed runs agree
-        self.register_buffer("frequencies", 2 * math.pi * torch.randn(features, generator=generator, device="cpu"))
-        self.register_buffer("phases", 2 * math.pi * torch.rand(features, generator=generator, device="cpu"))
+        # Parameters, as buffers would be sent from rank 0 to all others in every step.
+        frequencies = 2 * math.pi * torch.randn(features, generator=generator, device="cpu")
+        phases = 2 * math.pi * torch.rand(features, generator=generator, device="cpu")
+        self.frequencies = nn.Parameter(frequencies, requires_grad=False)
+        self.phases = nn.Parameter(phases, requires_grad=False)
         self.output = nn.Linear(features, 1)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)

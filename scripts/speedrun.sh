@@ -7,6 +7,7 @@
 # on a fresh machine WEIGHTS names a folder with the files of an earlier OUT, and training starts from these weights.
 # OUT gets weights in float16 (files of at most 15 MB), a picture, and speedrun.tar.gz with settings, metrics and scores.
 #
+#   IMAGES=7680000    length of the run, from which decay and milestones follow
 #   WEIGHTS=FOLDER    start from these weights
 #   N=50000           samples of the citable FID; SWEEP=5000 samples of each guided setting
 #   GUIDANCE=1.3,1.6,2.0
@@ -14,11 +15,16 @@
 #   REHEARSE=1        everything in a few minutes on a CPU, with a tiny network: look before you lease
 set -euo pipefail
 out=${1:?usage: speedrun.sh OUT MINUTES [option of train.py ...]}; minutes=${2:?usage: speedrun.sh OUT MINUTES}; shift 2
+mkdir -p "$out"; out=$(realpath "$out"); start=()
+[ -z "${WEIGHTS:-}" ] || start=(--start_from "$(realpath "$WEIGHTS")")
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 name=speedrun; scored=(--compile default --precision bfloat16 --batch_size 1000); n=${N:-50000}; sweep=${SWEEP:-5000}
 steps=18; few=5,10,20; guidance=${GUIDANCE:-1.3,1.6,2.0}
-recipe=(--config configs/cifar10_speedrun.yaml --trainer.logger false)
+images=${IMAGES:-7680000}
+recipe=(--config configs/cifar10_speedrun.yaml --trainer.logger false --images "$images")
+recipe+=(--model.stable_images $((images * 43 / 100)))
+recipe+=(--checkpoint.milestones "[$((images / 16)),$((images / 8)),$((images / 4))]")
 if [ -n "${REHEARSE:-}" ]; then
   name=speedrun-rehearsal; scored=(--batch_size 20 --features pixels); n=${N:-20}; sweep=${SWEEP:-10}; steps=3; few=2; guidance=${GUIDANCE:-1.5}
   recipe+=(--model.net.channels 16 --model.net.multipliers "[1,2]" --model.net.blocks 1 --model.net.head_channels 16)
@@ -27,26 +33,25 @@ if [ -n "${REHEARSE:-}" ]; then
   recipe+=(--samples.columns 2 --samples.sampler.steps 2 --quality.sampler.steps 2 --trainer.log_every_n_steps 5)
   recipe+=(--quality.every 160 --quality.n 10 --quality.batch_size 10 --quality.features fmlit.metrics.PixelFeatures)
 fi
-mkdir -p "$out"
 
 say() { printf '\n== %s (%d s)\n' "$*" $SECONDS; }
 
 say "training, $minutes minutes at most"
-start=(); [ -z "${WEIGHTS:-}" ] || start=(--start_from "$WEIGHTS")
 status=0 # asked to end, training saves and ends with 143
 timeout --preserve-status --signal TERM --kill-after 90 "${minutes}m" \
   "$python" scripts/train.py "${recipe[@]}" --name "$name" --resume auto "${start[@]}" "$@" || status=$?
-[ $status = 0 ] || [ $status = 143 ]
-run=runs/$name
+run=runs/$name # 137: it was killed while it saved, and an earlier checkpoint is there
+[ $status = 0 ] || [ $status = 143 ] || { [ $status = 137 ] && [ -e "$run/checkpoints/last.ckpt" ]; }
 
 say "what is worth keeping"
-rm -rf "$out/weights" "$run/export"
+rm -rf "$run/export"
 "$python" scripts/export.py --checkpoint "$run" --dtype float16 --shard_mb 15 --out "$run/export"
-rm -rf "$run"/export/diffusers "$run/export/README.md" # nothing twice
-mv "$run"/export "$out/weights"
-cp "$(ls "$run"/samples/*.png | tail -1)" "$out/samples.png"
+rm -rf "$run/export/diffusers" "$run/export/README.md" "$out/weights" # nothing twice
+mv "$run/export" "$out/weights"
+picture=$(find "$run" -path "*/samples/*.png" | sort | tail -1)
+[ -z "$picture" ] || cp "$picture" "$out/samples.png"
 
-pack() { tar czf "$out/speedrun.tar.gz" -C "$run" config.yaml metrics.csv samples $(cd "$run" && ls -d evaluation 2>/dev/null); }
+pack() { (cd "$run" && tar czf "$out/speedrun.tar.gz" $(ls -d config.yaml metrics.csv samples evaluation 2>/dev/null)); }
 pack # now, in case that time runs out
 
 score() { "$python" scripts/evaluate.py --checkpoint "$run" --out "$run/evaluation" "${scored[@]}" "$@"; pack; }
@@ -54,7 +59,8 @@ say "FID of $n samples, for each average"
 for weights in $("$python" -c "import sys, yaml; print(*(f'ema_{h}' for h in yaml.safe_load(open(sys.argv[1]))['ema']['half_lives']))" "$run/config.yaml"); do
   score --weights "$weights" --n "$n" --solver heun --steps $steps --metrics fid,kid
 done
-say "autoguidance, $sweep samples each"
+say "autoguidance, $sweep samples each, without and with"
+score --n "$sweep" --solver heun --steps $steps --metrics fid
 for guide in "$run"/checkpoints/milestone-*.ckpt; do
   [ ! -e "$guide" ] || score --guide "$guide" --guidance "$guidance" --n "$sweep" --solver heun --steps $steps --metrics fid
 done

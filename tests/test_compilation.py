@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from small_runs import digits_module, fit, tiny_mlp, tiny_unet, weights
 from torch import nn
 from torch._dynamo.utils import counters
@@ -22,8 +23,11 @@ X, T, LABELS = torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4)
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
+    """Nothing is compiled yet, in memory or on the disk."""
     torch._dynamo.reset()
     counters.clear()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
 
 
 def test_a_compiled_network_gives_the_same_under_the_same_names():
@@ -61,16 +65,47 @@ def test_training_sampling_and_checkpoints(tmp_path):
     assert counters["stats"]["unique_graphs"] == 2  # one of training, and one for both averages
 
 
-def test_two_processes(tmp_path):
-    trained = digits_module(compile="default")
-    fit(trained, tmp_path, 2, devices=1)
-    spread = digits_module(compile="default")
-    fit(spread, tmp_path, 2, devices=2, strategy="ddp_spawn")
+def test_two_processes_with_a_static_graph(tmp_path):
+    """As train.py launches them."""
+    plain, spread = digits_module(), digits_module(compile="default")
+    fit(plain, tmp_path, 3)
+    strategy = DDPStrategy(start_method="spawn", static_graph=True, gradient_as_bucket_view=True)
+    fit(spread, tmp_path, 3, devices=2, strategy=strategy)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(spread)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_cuda_graphs_do_not_go_with_accumulation(tmp_path):
+    with pytest.raises(ValueError, match=r"model.compile: reduce-overhead and trainer.accumulate_grad_batches do not"):
+        fit(digits_module(compile="reduce-overhead"), tmp_path, 2, accumulate_grad_batches=2)
+
+
+def test_what_a_graph_returns_is_copied():
+    net = tiny_mlp((1, 8, 8), 10)
+    compile_net(net, "reduce-overhead")
+    same = torch.zeros(3)
+    net._compiled_call_impl.compiled = lambda *_: same  # what replays of one graph write into
+    first, second = net(X, T, LABELS), net(X, T, LABELS)
+    assert len({x.data_ptr() for x in (same, first, second)}) == 3
+
+
+def test_a_backward_pass_that_cannot_be_compiled(tmp_path, monkeypatch, caplog):
+    """It is found in the first forward pass, where there is a way out."""
+
+    def broken(*_, **__):
+        raise RuntimeError("ptxas failed")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_backward", broken)
+    plain, module = digits_module(), digits_module(compile="default")
+    fit(plain, tmp_path, 2)
+    with caplog.at_level(logging.WARNING, logger="fmlit"):
+        fit(module, tmp_path, 2)
+    assert "training goes on without it" in caplog.text
+    assert all(torch.equal(weights(module)[name], value) for name, value in weights(plain).items())
 
 
 def test_without_a_compiler_training_goes_on(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
     plain, broken = digits_module(), digits_module(compile="default")
     fit(plain, tmp_path, 2)
     with caplog.at_level(logging.WARNING, logger="fmlit"):

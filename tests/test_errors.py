@@ -274,7 +274,9 @@ def test_out_of_memory_on_a_gpu(said, tmp_path, monkeypatch):
     monkeypatch.setattr(FlowMatchingModule, "training_step", out_of_memory)
     error = train(tmp_path, "--config", str(recipe(tmp_path))).error
     asked = ", 2.50 GiB were asked for" if "2.50" in said else ""
-    assert error.startswith(f"out of memory{asked}: lower data.batch_size, or raise trainer.accumulate_grad")
+    assert error.startswith(
+        f"out of memory{asked}: lower data.batch_size (while scoring quality.batch_size), or raise "
+    )
     assert runs_in(tmp_path) == []
 
 

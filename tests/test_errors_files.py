@@ -1,6 +1,7 @@
 """Mistakes in files and in resuming: one line that names the file or the key, and nothing half-made is left."""
 
 import functools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,12 @@ def test_resuming_another_model_names_the_keys_that_differ(tmp_path: Path) -> No
     error = train(tmp_path, "--resume", "--model=ScoreMatchingModule", "--data=fmlit.data.Moons").error
     assert "model.net.shape ([1] there, [2] here)" in error
     assert "model.path (fmlit.paths.CondOTPath there, fmlit.paths.VPPath here)" in error
+
+    muon = ("--model.net.width=16", "--model.muon=true")
+    assert train(tmp_path, *muon, "--name=muon").code == 0
+    error = train(tmp_path, *muon[:1], "--name=muon", "--resume").error
+    assert error.startswith("model.muon (True there, False here): ")
+    shutil.rmtree(tmp_path / "runs" / "muon")
 
     assert "keep ema.half_lives" in train(tmp_path, "--resume", "--images=640", "--ema.half_lives=[50]").error
     assert config.read_text() == before

@@ -255,6 +255,10 @@ def test_a_checkpoint_describes_its_model(tmp_path):
         ({"images": 0}, "images must be positive, warmup_images and stable_images not negative, got 0, 0 and 0"),
         ({"warmup_images": -1}, "got 1000000, -1 and 0"),
         ({"stable_images": -2}, "got 1000000, 0 and -2"),
+        (
+            {"stable_images": 900, "warmup_images": 100, "images": 1000, "decay": "linear"},
+            "stable_images 900 leaves nothing of the 1,000 images for the decay, after 100 for warm-up",
+        ),
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
         ({"decay": "cosin"}, "unknown decay 'cosin': choose from constant, linear, cosine"),

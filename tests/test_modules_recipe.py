@@ -27,8 +27,9 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert isinstance(optimizer, MuonAdamW)
     adamw, muon = optimizer.param_groups
     assert set(muon["params"]) == set(hidden_matrices(module.model.net))
-    assert set(adamw["params"]) | set(muon["params"]) == set(module.parameters())
-    assert set(module.uncertainty.parameters()) <= set(adamw["params"])
+    trained = {parameter for parameter in module.parameters() if parameter.requires_grad}
+    assert set(adamw["params"]) | set(muon["params"]) == trained
+    assert set(module.uncertainty.output.parameters()) <= set(adamw["params"])
     assert (adamw["betas"], adamw["lr"], muon["lr"], muon["weight_decay"]) == ((0.9, 0.95), 3e-4, 3e-4, 0.01)
 
 
@@ -103,3 +104,16 @@ def test_channels_last_trains_saves_and_exports(tmp_path):
     (tmp_path / "export").mkdir()
     save(module.model, tmp_path / "export")
     assert same(load(tmp_path / "export").net.state_dict(), copy.deepcopy(module.model.net).state_dict())
+
+
+def test_a_memory_format_that_is_new_at_a_resume(tmp_path):
+    """The optimiser's state follows its parameters: fused kernels compare strides on GPUs."""
+    net = partial(tiny_unet, dropout=0.0)
+    whole, first, second = (digits_module(net=net, channels_last=last) for last in (False, False, True))
+    fit(whole, tmp_path / "whole", 4, EMA())
+    fit(first, tmp_path / "part", 2, EMA(), Checkpoint(every=12))
+    trainer = fit(second, tmp_path / "part", 4, EMA(), resume=tmp_path / "part" / "checkpoints" / "last.ckpt")
+    for parameter, state in trainer.optimizers[0].state.items():
+        assert state["exp_avg"].stride() == parameter.stride()
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(second)[name], value, rtol=1e-3, atol=1e-4)

@@ -34,9 +34,10 @@ def sampling(
         if name not in SOLVERS:
             raise ValueError(f"solvers: {name} is none of {', '.join(SOLVERS)}, which take a fixed number of steps")
     with built(setup, steps=1) as cli:
-        model, size = cli.model.model.to(setup.device).eval(), cli.datamodule.batch_size
-    if setup.compile:
-        compile_net(model.net, setup.compile)
+        module, size = cli.model, cli.datamodule.batch_size
+    model = module.model.to(setup.device).eval()
+    if module.compile_mode:
+        compile_net(model.net, module.compile_mode)
     precision: Precision = "bfloat16" if setup.precision == "bf16-mixed" else "float32"
     samplers = {
         f"{name} at {nfe}": build_sampler(name, steps, UniformGrid(), precision=precision)
@@ -57,8 +58,8 @@ def sampling(
         "shape": list(model.shape),
         "batch_size": size,
         "precision": precision,
-        "compile": setup.compile,
-        "channels_last": setup.channels_last,
+        "compile": module.compile_mode,
+        "channels_last": module.channels_last,
         "steps": {name: sampler.steps for name, sampler in samplers.items()},
     }
     return Outcome(results, done, details)

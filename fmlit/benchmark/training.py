@@ -143,7 +143,7 @@ def training(
         "batch_size": work.batch_size,
         "precision": "bf16-mixed" if work.mixed else "32-true",
         "compile": work.compile,
-        "channels_last": setup.channels_last,
+        "channels_last": work.channels_last,
         "gflops_per_image": flops / 1e9,
         "lead": lead,
         "steps": steps,

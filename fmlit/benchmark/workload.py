@@ -128,6 +128,7 @@ class Workload:
         half_lives: of the averages of the weights, in images.
         ramp: largest half-life as a share of the images seen.
         compile: mode of torch.compile for the network, or None.
+        channels_last: whether kernels and activations are kept in that format.
     """
 
     net: UNet
@@ -147,6 +148,7 @@ class Workload:
     half_lives: tuple[int, ...]
     ramp: float
     compile: CompileMode | None
+    channels_last: bool
 
     @classmethod
     def of(cls, cli: TrainingCLI, device: torch.device) -> "Workload":
@@ -178,6 +180,7 @@ class Workload:
             half_lives=average.half_lives,
             ramp=average.ramp,
             compile=module.compile_mode,
+            channels_last=module.channels_last,
         )
 
     def flops(self) -> int:

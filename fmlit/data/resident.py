@@ -41,10 +41,7 @@ def resident(dataset: object, device: torch.device) -> ResidentDataset | None:
         return None
     size, free = dataset.data.nbytes + dataset.labels.nbytes, _free_memory(device)
     if size <= SHARE * free:
-        try:
-            return ResidentDataset(dataset, device)
-        except torch.OutOfMemoryError:
-            pass  # another process was faster
+        return ResidentDataset(dataset, device)
     log.warning(
         "the data (%.1f GB) stay in host memory: more than a quarter of the %.1f GB that are free on %s",
         size / 1e9,
