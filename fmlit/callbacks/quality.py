@@ -85,10 +85,11 @@ class QualityCurve(EveryImages):
         assert self._reference is not None
         model = sampled_model(trainer, module)
         ranks = Ranks.current()
+        size = min(self.batch_size, self.n)  # the last batch is padded
         with torch.autocast(module.device.type, enabled=False), ranks.failing_together():
             quality = ImageQuality(self.features, self._reference, self.metrics)
             for _, samples in generate(
-                model, self.sampler, self.n, self.seed, self.batch_size, rank=ranks.rank, world_size=ranks.size
+                model, self.sampler, self.n, self.seed, size, rank=ranks.rank, world_size=ranks.size
             ):
                 quality.update(quantised(samples))
         self.latest = ranks.from_first(quality.reduce().compute)
