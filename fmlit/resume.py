@@ -1,5 +1,7 @@
 """Where a run starts: anew, with the weights of another run, or where it was interrupted; and whether these fit."""
 
+import inspect
+import pydoc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,11 +103,22 @@ def _listed(differences: list[str]) -> str:
 def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
     """``model.net.channels (64 there, 32 here)`` for each place at which two descriptions differ."""
     if isinstance(there, Mapping) and isinstance(here, Mapping) and there.get("class_path") == here.get("class_path"):
+        there = _completed(there, here)
         for name in {**here, **there}:
             inner = key if name == "init_args" else f"{key}.{name}".strip(".")
             yield from _differences(there.get(name, "nothing"), here.get(name, "nothing"), inner)
     elif _plain(there) != _plain(here):
         yield f"{key} ({_plain(there)} there, {_plain(here)} here)"
+
+
+def _completed(there: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A description with the defaults of arguments that its class did not have yet when it was written."""
+    if not {"class_path", "init_args"} <= here.keys():
+        return there
+    given = there.get("init_args", {})
+    parameters = inspect.signature(pydoc.locate(here["class_path"])).parameters  # type: ignore[arg-type]  # it exists
+    new = [name for name in here["init_args"] if name not in given and name in parameters]
+    return {**there, "init_args": {**{name: parameters[name].default for name in new}, **given}}
 
 
 def _plain(value: Any) -> Any:

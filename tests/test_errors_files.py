@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_cli import runs_in, train
 
+from fmlit.checkpoints import AtomicCheckpointIO, load
+
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_corrupt_picture_is_named_and_no_run_is_left(tmp_path: Path, workers: int) -> None:
@@ -65,6 +67,19 @@ def test_resuming_another_model_names_the_keys_that_differ(tmp_path: Path) -> No
     assert "keep ema.half_lives" in train(tmp_path, "--resume", "--images=640", "--ema.half_lives=[50]").error
     assert config.read_text() == before
     assert runs_in(tmp_path) == ["tiny"]
+
+
+def test_a_run_of_before_its_network_had_an_option_goes_on(tmp_path: Path) -> None:
+    unet = ("--model.net=UNet", "--model.net.channels=16", "--model.net.multipliers=[1]", "--model.net.attention=[]")
+    unet += ("--model.net.head_channels=16", "--model.net.blocks=1", "--data=fmlit.data.Digits", "--data.batch_size=4")
+    assert train(tmp_path, *unet, "--trainer.max_steps=1").code == 0
+    path = tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt"
+    checkpoint = load(path)
+    assert checkpoint["model_description"]["init_args"]["net"]["init_args"].pop("scale_shift") is False
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path.resolve())
+    error = train(tmp_path, *unet, "--trainer.max_steps=2", "--resume", "--model.net.scale_shift=true").error
+    assert error.startswith("model.net.scale_shift (False there, True here): ")
+    assert train(tmp_path, *unet, "--trainer.max_steps=2", "--resume").summary["steps"] == 2
 
 
 def test_resuming_the_same_description_with_other_weights_names_them(
