@@ -50,5 +50,5 @@ class _OrPlain:
             except TorchDynamoException as error:  # what the network itself raises passes
                 self.failed = True
                 reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
-                log.warning("torch.compile failed (%s: %s); training goes on without it", type(error).__name__, reason)
+                log.warning("torch.compile failed (%s: %s); going on without it", type(error).__name__, reason)
         return self.net._call_impl(*args, **kwargs)

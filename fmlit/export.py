@@ -135,11 +135,6 @@ def readme(model: GenerativeModel, dtype: DType = "float32") -> str:
         f"{labels}{stored}",
         "Time runs from t = 0, noise, to t = 1, data: `x_t = alpha(t) z + beta(t) eps`, with z the data and eps "
         "standard normal noise.",
-        *(
-            [f"The weights are stored in {dtype}; fmlit and diffusers load them as float32."]
-            if dtype != "float32"
-            else []
-        ),
         *(f"`{part}`\n\n{inspect.getdoc(part)}" for part in (model.path, model.prediction)),
         WITH_FMLIT,
     ]

@@ -31,6 +31,8 @@ class UNet(nn.Module):
         dropout: dropout probability in the residual blocks.
         scale_shift: time and label scale and shift normalised activations (Dhariwal & Nichol 2021, "adaptive group
             normalisation") instead of being added to them.
+        norm_groups: groups of the group normalisations; by default 32, or fewer where a group would have less than 4
+            channels.
     """
 
     def __init__(
@@ -44,10 +46,13 @@ class UNet(nn.Module):
         head_channels: int = 64,
         dropout: float = 0.1,
         scale_shift: bool = False,
+        norm_groups: int | None = None,
     ) -> None:
         super().__init__()
         self.shape, self.num_classes = tuple(shape), num_classes
         self.scale_shift = scale_shift
+        # The number, not the default: a checkpoint keeps it should the rule ever change, which no shape would tell.
+        self.norm_groups = _norm_groups(channels) if norm_groups is None else norm_groups
         self.channels, self.multipliers, self.blocks = channels, tuple(multipliers), blocks
         self.attention, self.head_channels, self.dropout = tuple(attention), head_channels, dropout
         _check_unet(self)
@@ -65,7 +70,7 @@ class UNet(nn.Module):
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in with_attention),
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(with_attention)),
             attention_head_dim=head_channels,
-            norm_num_groups=_norm_groups(channels),
+            norm_num_groups=self.norm_groups,
             dropout=dropout,
             resnet_time_scale_shift="scale_shift" if scale_shift else "default",
             num_class_embeds=None if num_classes is None else num_classes + 1,
@@ -94,6 +99,8 @@ def _check_unet(net: UNet) -> None:
     if not net.multipliers or min(net.channels, net.blocks, net.head_channels, *net.multipliers) < 1:
         given = f"{net.channels}, {net.blocks}, {net.head_channels} and {net.multipliers}"
         raise ValueError(f"UNet needs channels, blocks, head_channels and multipliers of at least 1, got {given}")
+    if net.norm_groups < 1 or any(net.channels * m % net.norm_groups for m in net.multipliers):
+        raise ValueError(f"UNet.norm_groups {net.norm_groups} does not divide the widths of the levels")
     factor = 2 ** (len(net.multipliers) - 1)
     if net.shape[1] % factor or net.shape[2] % factor:
         raise ValueError(

@@ -112,13 +112,18 @@ def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
 
 
 def _completed(there: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A description with the defaults of arguments that its class did not have yet when it was written."""
+    """A description with the defaults of arguments that its class did not have yet when it was written.
+
+    A default of None leaves the value to the class, which then is what the other description says.
+    """
     if not {"class_path", "init_args"} <= here.keys():
         return there
     given = there.get("init_args", {})
     parameters = inspect.signature(pydoc.locate(here["class_path"])).parameters  # type: ignore[arg-type]  # it exists
     new = [name for name in here["init_args"] if name not in given and name in parameters]
-    return {**there, "init_args": {**{name: parameters[name].default for name in new}, **given}}
+    defaults = {name: parameters[name].default for name in new}
+    filled = {name: here["init_args"][name] if value is None else value for name, value in defaults.items()}
+    return {**there, "init_args": {**filled, **given}}
 
 
 def _plain(value: Any) -> Any:

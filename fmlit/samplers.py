@@ -280,7 +280,7 @@ def _autoguided_velocity(model: GenerativeModel, guide: GenerativeModel, labels:
                 f"the guide has the {what} {getattr(guide, what)}, the model {getattr(model, what)}: a guide is a "
                 f"weaker model of the same data on the same path"
             )
-    known = _checked_labels(guide, torch.empty(0) if labels is None else labels, labels if guide.num_classes else None)
+    known = None if labels is None or guide.num_classes is None else _checked_labels(guide, labels, labels)
     return guidance.autoguidance(guided_velocity(model, labels, 1.0), guided_velocity(guide, known, 1.0), scale)
 
 

@@ -100,7 +100,7 @@ def test_a_backward_pass_that_cannot_be_compiled(tmp_path, monkeypatch, caplog):
     fit(plain, tmp_path, 2)
     with caplog.at_level(logging.WARNING, logger="fmlit"):
         fit(module, tmp_path, 2)
-    assert "training goes on without it" in caplog.text
+    assert "going on without it" in caplog.text
     assert all(torch.equal(weights(module)[name], value) for name, value in weights(plain).items())
 
 
@@ -111,7 +111,7 @@ def test_without_a_compiler_training_goes_on(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, logger="fmlit"):
         fit(broken, tmp_path, 2)
     (warning,) = [record for record in caplog.records if record.name == "fmlit.compilation"]
-    assert "training goes on without it" in warning.getMessage()
+    assert "going on without it" in warning.getMessage()
     assert "\n" not in warning.getMessage()
     assert all(torch.equal(weights(broken)[name], value) for name, value in weights(plain).items())
 

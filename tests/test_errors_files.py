@@ -75,7 +75,9 @@ def test_a_run_of_before_its_network_had_an_option_goes_on(tmp_path: Path) -> No
     assert train(tmp_path, *unet, "--trainer.max_steps=1").code == 0
     path = tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt"
     checkpoint = load(path)
-    assert checkpoint["model_description"]["init_args"]["net"]["init_args"].pop("scale_shift") is False
+    described = checkpoint["model_description"]["init_args"]["net"]["init_args"]
+    assert described.pop("scale_shift") is False
+    assert described.pop("norm_groups") == 4
     AtomicCheckpointIO().save_checkpoint(checkpoint, path.resolve())
     error = train(tmp_path, *unet, "--trainer.max_steps=2", "--resume", "--model.net.scale_shift=true").error
     assert error.startswith("model.net.scale_shift (False there, True here): ")

@@ -6,6 +6,7 @@ import torch
 from small_runs import tiny_mlp, tiny_unet
 from torch import Tensor, nn
 
+from fmlit.descriptions import build, describe
 from fmlit.networks import MLP, UNet, time_embedding
 
 IMAGE, VECTOR = (1, 8, 8), (3,)
@@ -104,6 +105,16 @@ def test_even_the_widest_level_sees_time_and_label(channels):
     assert all(m.num_groups == 32 for m in norms if channels == 128)
 
 
+def test_a_description_keeps_the_groups_of_normalisation(monkeypatch):
+    """Weights of another grouping have the same shapes: loaded into it, they would sample noise without an error."""
+    description = describe(UNet(IMAGE, channels=16, multipliers=(1,), blocks=1, attention=(), head_channels=16))
+    monkeypatch.setattr("fmlit.networks._norm_groups", lambda channels: 16)  # should the rule ever change
+    norms = [m for m in build(description).modules() if isinstance(m, nn.GroupNorm)]
+    assert {m.num_groups for m in norms} == {4}
+    chosen = UNet(IMAGE, channels=16, multipliers=(1,), blocks=1, attention=(), head_channels=16, norm_groups=2)
+    assert {m.num_groups for m in chosen.modules() if isinstance(m, nn.GroupNorm)} == {2}
+
+
 @each_network
 def test_samples_do_not_see_each_other(make, shape):
     net = awake(make(shape, num_classes=5))
@@ -141,6 +152,7 @@ WRONG = [
     (partial(UNet, IMAGE, multipliers=(1, 2), head_channels=0), "at least 1, got 128, 2, 0 and"),
     (partial(UNet, IMAGE, blocks=0), "at least 1, got 128, 0, 64"),
     (partial(UNet, (1, 28, 28), multipliers=(1, 2, 2, 2)), "28x28 is not divisible by 8"),
+    (partial(UNet, IMAGE, channels=64, multipliers=(1,), norm_groups=3), "norm_groups 3 does not divide the widths"),
     (partial(UNet, IMAGE, multipliers=(1, 2), attention=(16,)), "attention 16 is not among the resolutions [8, 4]"),
     (partial(UNet, IMAGE, channels=48, multipliers=(1, 2), attention=(8,)), "head_channels 64 does not divide .* 48"),
     (partial(UNet, IMAGE, channels=48, multipliers=(1, 2), attention=()), "head_channels 64 does not divide .* 96"),

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import fmlit
 from fmlit.callbacks import EMA
@@ -189,9 +189,7 @@ class Workload:
         one = copy.deepcopy(self.net).to("meta")
         inputs = [torch.empty(1, *self.images.shape[1:]), torch.empty(1)]
         labels = torch.zeros(1, dtype=torch.int64, device="meta") if self.conditional else None
-        with FlopCounterMode(display=False) as counter:
-            one(*(tensor.to("meta") for tensor in inputs), labels)
-        return 3 * counter.get_total_flops()
+        return 3 * measure_flops(one, lambda: one(*(tensor.to("meta") for tensor in inputs), labels))
 
 
 def _check(module: object, precision: str) -> None:

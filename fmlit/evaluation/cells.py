@@ -150,7 +150,8 @@ class ModelCells:
         """This rank's share of the samples, with a bar on a terminal."""
         ranks, size = self.scorer.ranks, self.scorer.batch_size
         batches = generate(self.model, sampler, self.n, self.seed, size, None, ranks.rank, ranks.size, self.guide)
-        for indices, samples in progress(batches, self._drawn // size, sampler.named(), shown=ranks.rank == 0):
+        name = sampler.named(guided=self.guide is not None)
+        for indices, samples in progress(batches, self._drawn // size, name, shown=ranks.rank == 0):
             images = quantised(samples)
             if target is not None:
                 save_pngs(target, images, indices.start)
