@@ -1,5 +1,7 @@
 """Gradients on their way to the optimiser: clipped, and kept away from the weights where they are not finite."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
@@ -15,16 +17,16 @@ class GradientGuard:
     """
 
     def __init__(self) -> None:
-        self._bad_loss = torch.tensor(False)
+        self._losses = torch.tensor(0.0)  # their sum, which once it is not finite never is again
         self._bad_since = torch.tensor(-1)  # images seen when a gradient was not finite
 
     def to(self, device: torch.device) -> None:
         """Move the notes."""
-        self._bad_loss, self._bad_since = self._bad_loss.to(device), self._bad_since.to(device)
+        self._losses, self._bad_since = self._losses.to(device), self._bad_since.to(device)
 
     def note(self, losses: Tensor) -> None:
         """Take note of this rank's losses (B,)."""
-        self._bad_loss |= ~torch.isfinite(losses).all()
+        self._losses += losses.sum()
 
     def admit(self, optimizer: Optimizer, images_seen: int, clip_val: float | None, algorithm: str | None) -> None:
         """Clip the gradients by their norm (or, with algorithm "value", each value), and stop what is not finite.
@@ -41,8 +43,10 @@ class GradientGuard:
             finite = _all_finite(gradients, self._bad_since.device)
             if clip_val:
                 clip_grad_value_(parameters, clip_val)
+        if finite.device.type == "cpu" and finite:
+            return
         self._bad_since = torch.where(finite | (self._bad_since >= 0), self._bad_since, images_seen)
-        if optimizer.param_groups[0].get("fused") and finite.device.type != "cpu":
+        if finite.device.type != "cpu" and optimizer.param_groups[0].get("fused"):
             # What a gradient scaler would set. From then on, so that the weights stay as they were before.
             optimizer.found_inf = (self._bad_since >= 0).float()  # type: ignore[attr-defined]
         else:
@@ -56,7 +60,8 @@ class GradientGuard:
         """
         if self._bad_since.item() < 0:
             return
-        ranks = [rank for rank, bad in enumerate(Ranks.current().gather_objects(self._bad_loss.item())) if bad]
+        totals = Ranks.current().gather_objects(self._losses.item())
+        ranks = [rank for rank, total in enumerate(totals) if not math.isfinite(total)]
         where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
         raise FloatingPointError(
             f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "

@@ -3,10 +3,12 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -121,11 +123,13 @@ class GenerativeModule(pl.LightningModule, ABC):
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of each sample, (B,)."""
 
+    @cached_property
     def time_limits(self) -> Limits:
         """The times at which the loss is finite."""
         return training_limits(self.model.path, self.model.prediction)
 
     def on_fit_start(self) -> None:
+        self.zero_grad()  # an earlier fit may have ended between accumulated batches
         if self.compile_mode in CUDA_GRAPHS and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(  # the next graph would write over gradients that are still being summed
                 f"model.compile: {self.compile_mode} and trainer.accumulate_grad_batches do not go together; choose "
@@ -172,7 +176,7 @@ class GenerativeModule(pl.LightningModule, ABC):
             return randomness.training_generator(self.seed, self.images_seen, stream, self.device)
 
         eps = torch.randn(total, *self.model.shape, generator=generator("noise"), device=self.device)[mine]
-        t = self.time_law.sample(total, generator("time"), self.time_limits())[mine]
+        t = self.time_law.sample(total, generator("time"), self.time_limits)[mine]
         if labels is not None and self.label_drop > 0:
             dropped = torch.rand(total, generator=generator("labels"), device=self.device)[mine] < self.label_drop
             labels = torch.where(dropped, self.model.null_label, labels)  # type: ignore[arg-type]  # there are classes
@@ -207,6 +211,20 @@ class GenerativeModule(pl.LightningModule, ABC):
         # Keyed by images, not by steps: the recipe stays the same when the batch size changes.
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.learning_rate_factor(self.images_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Not, as Lightning does, before the next backward pass: the forward pass before it can have their memory.
+        optimizer.zero_grad()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing: the gradients went after the last step."""
 
     @property
     def _scaled(self) -> bool:
@@ -289,5 +307,6 @@ class ScoreMatchingModule(GenerativeModule):
         model = self.model
         return score_matching_loss(lambda x, t: model.score(x, t, labels), model.path, z, eps, t)
 
+    @cached_property
     def time_limits(self) -> Limits:
         return training_limits(self.model.path, Score())  # the loss passes through the score, whatever is predicted

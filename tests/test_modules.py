@@ -272,5 +272,5 @@ def test_wrong_arguments_are_named(arguments, message):
 def test_a_polynomial_path_with_a_velocity_network_may_be_scored():
     """W = 0 at t = 0 and beta = 0 at t = 1: there a velocity says nothing of the score."""
     module = digits_module(ScoreMatchingModule, path=PolynomialPath(2.0), prediction=Velocity())
-    assert module.time_limits().start > 0
-    assert module.time_limits().end < 1
+    assert module.time_limits.start > 0
+    assert module.time_limits.end < 1

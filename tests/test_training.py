@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from small_runs import Memory, digits_module, fit, same, tiny_unet, weights
+from torch import Tensor
 
 from fmlit.callbacks import EMA, Checkpoint, QualityCurve, SampleGrid, TrainingLog
 from fmlit.checkpoints import load, load_model
@@ -147,24 +148,35 @@ def test_a_checkpoint_becomes_the_model_that_was_trained(tmp_path):
 
 
 class Norms(pl.Callback):
-    """The norm of all gradients before clipping, and of those that the optimiser saw."""
+    """The norm of all gradients before clipping, of those that the optimiser saw, and what is left after the step."""
 
     def __init__(self) -> None:
         self.before: list[float] = []
         self.used: list[float] = []
+        self.left: list[Tensor] = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.before.append(self.norm(pl_module))
 
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        self.used.append(self.norm(pl_module))
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.left += [p.grad for p in pl_module.parameters() if p.grad is not None]
+
+    def watch(self, module, monkeypatch):
+        forget = torch.optim.AdamW.zero_grad
+
+        def zero_grad(optimizer):
+            self.used.append(self.norm(module))
+            forget(optimizer)
+
+        monkeypatch.setattr(torch.optim.AdamW, "zero_grad", zero_grad)
 
     def norm(self, module: GenerativeModule) -> float:
         return torch.stack([p.grad.norm() for p in module.parameters()]).norm().item()
 
 
-def test_gradients_are_clipped_and_weights_stay_float32_in_mixed_precision(tmp_path):
+def test_gradients_are_clipped_and_weights_stay_float32_in_mixed_precision(tmp_path, monkeypatch):
     module, norms, seen = digits_module(), Norms(), []
+    norms.watch(module, monkeypatch)
     module.model.net.outputs[1].register_forward_hook(lambda net, inputs, output: seen.append(output.dtype))
     settings = {"precision": "bf16-mixed", "gradient_clip_val": 0.1}
     fit(module, tmp_path, 3, EMA(), norms, SampleGrid(12, FEW_STEPS), **settings)
@@ -172,4 +184,5 @@ def test_gradients_are_clipped_and_weights_stay_float32_in_mixed_precision(tmp_p
     assert seen == ([torch.bfloat16] + [torch.float32] * 16) * 3
     assert min(norms.before) > 0.2
     assert norms.used == pytest.approx([0.1] * 3, rel=1e-4)
+    assert norms.left == []
     assert {p.dtype for p in module.parameters()} == {torch.float32}

@@ -37,6 +37,7 @@ class EMA(pl.Callback):
         self.names = tuple(f"ema_{half_life}" for half_life in self.half_lives)
         self.copies: dict[str, AveragedModel] = {}
         self._parameters: dict[str, list[Tensor]] = {}  # of the trained network ("") and of each copy
+        self._float = True  # whether these are in float32
         self._images_seen = self._step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -70,8 +71,9 @@ class EMA(pl.Callback):
         if not self._parameters:  # listing them takes eight times as long as averaging those of a small network
             nets: dict[str, nn.Module] = {"": pl_module.model.net, **self.copies}
             self._parameters = {name: [*net.parameters()] for name, net in nets.items()}
+            self._float = all(p.dtype == torch.float32 for p in self._parameters[""])
         trained = self._parameters[""]
-        if any(p.dtype != torch.float32 for p in trained):
+        if not self._float:
             trained = [p.float() for p in trained]
         for half_life, (name, copy) in zip(self.half_lives, self.copies.items(), strict=True):
             if copy.n_averaged == 0:

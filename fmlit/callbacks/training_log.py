@@ -12,6 +12,8 @@ from torch import Tensor
 from fmlit.callbacks.intervals import EveryImages, log_metrics
 from fmlit.modules import GenerativeModule
 
+STEPS_KEPT = 100  # losses and times of so many steps wait on the device before they are summed
+
 
 class TrainingLog(pl.Callback):
     """Logs, every ``Trainer.log_every_n_steps`` steps, means over all samples of all ranks since the last time.
@@ -30,12 +32,15 @@ class TrainingLog(pl.Callback):
         self.bins = bins
         self.latest: dict[str, float] = {}
         self._sums: Tensor | None = None
+        self._steps: list[tuple[Tensor, Tensor]] = []
         self._costs: dict[str, list[Tensor]] = {}
         self._since = (0.0, 0, 0.0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, GenerativeModule)
         self._sums = torch.zeros(2, self.bins, device=pl_module.device)
+        self._steps.clear()
+        self._costs.clear()
         self._since = (time.perf_counter(), pl_module.images_seen, _pauses(trainer))
 
     def on_train_batch_end(
@@ -43,10 +48,9 @@ class TrainingLog(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, GenerativeModule)
         assert self._sums is not None
-        losses, times = outputs["losses"].float(), outputs["times"]
-        bins = (times * self.bins).long().clamp(max=self.bins - 1)
-        self._sums[0].index_add_(0, bins, losses)
-        self._sums[1].index_add_(0, bins, torch.ones_like(losses))
+        self._steps.append((outputs["losses"], outputs["times"]))
+        if len(self._steps) == STEPS_KEPT:
+            self._sum_up()
         for name in ("transport_cost", "transport_cost_independent"):
             if name in outputs:
                 self._costs.setdefault(name, []).append(outputs[name])
@@ -59,8 +63,18 @@ class TrainingLog(pl.Callback):
         if pl_module.images_seen > self._since[1]:
             self._log(trainer, pl_module)
 
+    def _sum_up(self) -> None:
+        """Add what the last steps left to the sums, in a few large operations instead of a few in every step."""
+        assert self._sums is not None
+        losses, times = (torch.cat(values) for values in zip(*self._steps, strict=True))
+        bins = (times * self.bins).long().clamp(max=self.bins - 1)
+        self._sums.index_add_(1, bins, torch.stack([losses.float(), torch.ones_like(times)]))
+        self._steps.clear()
+
     def _log(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         assert self._sums is not None
+        if self._steps:
+            self._sum_up()
         sums, counts = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
         self._sums = torch.zeros_like(self._sums)
         now = (time.perf_counter(), module.images_seen, _pauses(trainer))

@@ -32,7 +32,7 @@ class TrainingOrder:
             piece = self._permutation(epoch)[offset : offset + count]
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
-        return torch.cat(pieces)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _permutation(self, epoch: int) -> Tensor:
         if self._cached is None or self._cached[0] != epoch:
