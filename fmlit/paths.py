@@ -73,7 +73,7 @@ class GaussianPath(ABC):
 def check_time(t: Tensor) -> None:
     """Raise a ValueError for times outside [0, 1]. On an accelerator the check would stall the queue: skipped there."""
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
-        low, high = (value.item() for value in t.aminmax())  # numbers: comparing tensors takes thrice the time
+        low, high = (value.item() for value in t.detach().aminmax())  # numbers: comparing tensors takes thrice the time
         if not (low >= 0 and high <= 1):
             raise ValueError(f"t must lie in [0, 1], got values from {low:g} to {high:g}")
 
