@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from small_runs import digits_module, fit, tiny_mlp, tiny_unet, weights
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from fmlit import checkpoints
 from fmlit.callbacks import EMA, Checkpoint
@@ -104,8 +105,8 @@ def test_a_backward_pass_that_cannot_be_compiled(tmp_path, monkeypatch, caplog):
     assert all(torch.equal(weights(module)[name], value) for name, value in weights(plain).items())
 
 
-def test_without_a_compiler_training_goes_on(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+@inductor.patch({"cpp.cxx": ("/nowhere/g++",)})
+def test_without_a_compiler_training_goes_on(tmp_path, caplog):
     plain, broken = digits_module(), digits_module(compile="default")
     fit(plain, tmp_path, 2)
     with caplog.at_level(logging.WARNING, logger="fmlit"):
