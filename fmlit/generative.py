@@ -20,6 +20,8 @@ class GenerativeModel(nn.Module):
         prediction: what the network's output means.
         shape: shape of one data point, e.g. (3, 32, 32).
         num_classes: number of classes, or None for an unconditional model. The null label is ``num_classes``.
+        coupled: it was trained on paired noise and data (see ``couplings.py``). Its velocity and what it makes of z and
+            eps hold as ever, but p_t(x | z) is no longer N(alpha z, beta^2 I), and ``score`` is not that of p_t.
 
     Fields take x (B, *shape), t (B,) and labels int64 (B,), or None for "unconditional", and return (B, *shape).
     """
@@ -31,6 +33,7 @@ class GenerativeModel(nn.Module):
         prediction: Prediction,
         shape: Sequence[int],
         num_classes: int | None = None,
+        coupled: bool = False,
     ) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 1:
@@ -40,7 +43,7 @@ class GenerativeModel(nn.Module):
                 f"{type(net).__name__} has num_classes={net.num_classes}, the model {num_classes}: make them equal"
             )
         self.net, self.path, self.prediction = net, path, prediction
-        self.shape, self.num_classes = tuple(shape), num_classes
+        self.shape, self.num_classes, self.coupled = tuple(shape), num_classes, coupled
         self.dtype: torch.dtype | None = None  # of the network's arithmetic; None leaves it to whoever calls
 
     @property
@@ -55,7 +58,7 @@ class GenerativeModel(nn.Module):
 
     def with_net(self, net: nn.Module) -> "GenerativeModel":
         """The same model around another network, e.g. an averaged copy. Nothing is copied."""
-        return GenerativeModel(net, self.path, self.prediction, self.shape, self.num_classes)
+        return GenerativeModel(net, self.path, self.prediction, self.shape, self.num_classes, self.coupled)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The network's own output at x."""
@@ -75,7 +78,7 @@ class GenerativeModel(nn.Module):
         return self.prediction.velocity(self.path, self(x, t, labels), x, t)
 
     def score(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The marginal score grad log p_t(x)."""
+        """The marginal score grad log p_t(x); of a ``coupled`` model ``-E[eps | x] / beta``, which is no score."""
         return self.prediction.score(self.path, self(x, t, labels), x, t)
 
     def noise(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -104,7 +104,8 @@ class GenerativeModule(pl.LightningModule, ABC):
         if decay not in get_args(Decay):
             raise ValueError(f"unknown decay {decay!r}: choose from {', '.join(get_args(Decay))}")
         classes = num_classes if conditional else None
-        self.model = GenerativeModel(net(tuple(shape), classes), path, prediction, shape, classes)
+        coupled = not isinstance(coupling, IndependentCoupling)
+        self.model = GenerativeModel(net(tuple(shape), classes), path, prediction, shape, classes, coupled)
         self.time_law, self.coupling, self.label_drop = time_law, coupling, label_drop
         self.uncertainty = TimeUncertainty() if uncertainty else None
         if channels_last:

@@ -43,7 +43,9 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
         return Start()
     path = newest_valid(checkpoints)
     checkpoint = load(path)
-    differences = list(_differences(checkpoint.get("model_description"), describe(module.model), "model"))
+    differences = list(
+        _differences(_network(checkpoint.get("model_description")), _network(describe(module.model)), "model")
+    )
     differences = differences or list(_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())))
     states = checkpoint.get("optimizer_states") or [{}]
     trained_by_muon = len(states[0].get("param_groups", [{}])) > 1
@@ -93,6 +95,14 @@ def _read(path: Path, trust: list[str]) -> tuple[Path, GenerativeModel]:
         return path, export.load(path, trust)
     file = find_checkpoint(str(path), "start_from")
     return file, load_model(file, trust=trust)
+
+
+def _network(description: Any) -> Any:
+    """A model's description without what may change in the course of a run: how noise and data are coupled."""
+    if not isinstance(description, Mapping):
+        return description
+    parts = {name: part for name, part in description.get("init_args", {}).items() if name != "coupled"}
+    return {**description, "init_args": parts}
 
 
 def _listed(differences: list[str]) -> str:

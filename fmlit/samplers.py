@@ -53,6 +53,7 @@ class Sampler(ABC):
     grid: Grid
     guidance: float
     precision: Precision = "float32"
+    stochastic: bool = False  # whether it follows the score, too
 
     @property
     def name(self) -> str:
@@ -75,6 +76,14 @@ class Sampler(ABC):
         if self.guidance != 1:
             parts.append(f"{'auto' if guided else 'cfg'}{self.guidance:g}")
         return re.sub(r"[^A-Za-z0-9_.+]", "_", "+".join(parts))  # what protocols take
+
+    def check(self, model: GenerativeModel) -> None:
+        """Raise a ValueError where the model does not have what the sampler follows."""
+        if self.stochastic and model.coupled:
+            raise ValueError(
+                f"{type(self).__name__} needs the score, which does not follow from the velocity of a model that was "
+                f"trained on paired noise and data (model.coupling): use ODESampler"
+            )
 
     @abstractmethod
     def limits(self, model: GenerativeModel) -> Limits:
@@ -106,7 +115,11 @@ class Sampler(ABC):
 
         Returns:
             (B, *shape) float32 on the model's device, or (points, B, *shape) with ``trajectory``.
+
+        Raises:
+            ValueError: see ``check``; a label is none of the model's; the guide is of other data or on another path.
         """
+        self.check(model)
         known = _checked_labels(model, seeds, labels)
         if guide is None:
             velocity = guided_velocity(model, known, self.guidance)
@@ -175,6 +188,8 @@ class SDESampler(Sampler):
         precision: of the network; bfloat16 is faster on GPUs, and the state of the solver stays float32.
     """
 
+    stochastic = True
+
     def __init__(
         self,
         sigma: Diffusion = BetaDiffusion(),
@@ -221,6 +236,7 @@ class ChurnSampler(Sampler):
     """
 
     method = "churn"
+    stochastic = True
 
     def __init__(
         self,

@@ -129,7 +129,7 @@ def test_a_resumed_run_knows_the_best_value_so_far(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sampler", [SDESampler(steps=2), ChurnSampler(2)])
 def test_a_score_that_the_coupling_spoils_is_refused_before_training(sampler, tmp_path):
     module = digits_module(coupling=OptimalTransportCoupling(4))
-    said = f"{type(sampler).__name__} needs the score, which does not follow from the velocity under OptimalTransport"
+    said = f"{type(sampler).__name__} needs the score, which does not follow from the velocity of a model that was"
     with pytest.raises(ValueError, match=f"samples.sampler: {said}"):
         fit(module, tmp_path, 1, SampleGrid(12, sampler))
     with pytest.raises(ValueError, match=f"quality.sampler: {said}"):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from tiny_cli import runs_in, train
 
-from fmlit.checkpoints import AtomicCheckpointIO, load
+from fmlit.checkpoints import AtomicCheckpointIO, load, load_model
+from fmlit.commands import sample as sampling
+from fmlit.commands.options import run
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -82,6 +84,22 @@ def test_a_run_of_before_its_network_had_an_option_goes_on(tmp_path: Path) -> No
     error = train(tmp_path, *unet, "--trainer.max_steps=2", "--resume", "--model.net.scale_shift=true").error
     assert error.startswith("model.net.scale_shift (False there, True here): ")
     assert train(tmp_path, *unet, "--trainer.max_steps=2", "--resume").summary["steps"] == 2
+
+
+def test_a_run_with_coupled_noise_is_not_sampled_by_an_sde(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coupled = ("--model.coupling=OptimalTransportCoupling", "--model.coupling.group_size=4")
+    assert train(tmp_path, *coupled, "--trainer.max_steps=1").code == 0
+    folder = tmp_path / "runs" / "tiny"
+    assert load_model(folder / "checkpoints" / "last.ckpt").coupled
+    for solver in ("euler_maruyama", "churn"):
+        arguments = ["--checkpoint", str(folder), "--solver", solver, "--steps", "2", "--out", str(tmp_path / "x.png")]
+        with pytest.raises(SystemExit) as stopped:
+            run(sampling.sample, arguments)
+        assert stopped.value.code == 2
+        assert "needs the score, which does not follow from the velocity" in capsys.readouterr().err
+    # It may go on without: what a checkpoint says is how it was last trained.
+    assert train(tmp_path, "--trainer.max_steps=2", "--resume").summary["steps"] == 2
+    assert not load_model(folder / "checkpoints" / "last.ckpt").coupled
 
 
 def test_resuming_the_same_description_with_other_weights_names_them(

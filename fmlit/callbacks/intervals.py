@@ -6,11 +6,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from fmlit.callbacks.ema import EMA
-from fmlit.couplings import IndependentCoupling
 from fmlit.generative import GenerativeModel
 from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
-from fmlit.samplers import ChurnSampler, Sampler, SDESampler
+from fmlit.samplers import Sampler
 
 
 class EveryImages(pl.Callback):
@@ -77,12 +76,11 @@ def sampled_model(trainer: pl.Trainer, module: GenerativeModule) -> GenerativeMo
 
 
 def check_sampler(sampler: Sampler, module: GenerativeModule, key: str) -> None:
-    """Raise a ValueError, before training, where the sampler needs a score that the coupling does not leave."""
-    if isinstance(sampler, SDESampler | ChurnSampler) and not isinstance(module.coupling, IndependentCoupling):
-        raise ValueError(
-            f"{key}: {type(sampler).__name__} needs the score, which does not follow from the velocity under "
-            f"{type(module.coupling).__name__}; use ODESampler"
-        )
+    """Raise a ValueError with the key, before training, where the sampler cannot sample from the module's model."""
+    try:
+        sampler.check(module.model)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def log_metrics(trainer: pl.Trainer, module: GenerativeModule, metrics: dict[str, float]) -> None:

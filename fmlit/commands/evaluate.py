@@ -143,6 +143,8 @@ def evaluate(
             samplers = [
                 build_sampler(name, count, grid, scale, sigma, precision or "float32") for name, count, scale in sweep
             ]
+            for sampler in samplers:
+                sampler.check(loaded)
             saved = Path(save_images) if save_images else None
             cells = [of_model.samples(sampler, folder, neighbours, saved) for sampler in samplers]
             cells += [of_model.likelihood()] if "bpd" in chosen else []
