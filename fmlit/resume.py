@@ -93,7 +93,7 @@ def _read(path: Path, trust: list[str]) -> tuple[Path, GenerativeModel]:
     """The file or folder that a path stands for, and the model in there."""
     if (path / export.DESCRIPTION).exists():
         return path, export.load(path, trust)
-    file = find_checkpoint(str(path), "start_from")
+    file = find_checkpoint(str(path), "start_from", "a .ckpt file, the folder of a run, or an exported one")
     return file, load_model(file, trust=trust)
 
 

@@ -57,6 +57,7 @@ def test_description_of_a_model_is_what_the_docs_say():
             "prediction": {"class_path": "fmlit.predictions.Noise", "init_args": {}},
             "shape": (2,),
             "num_classes": 3,
+            "coupled": False,
         },
     }
 

@@ -189,7 +189,7 @@ def test_what_is_no_trained_model_is_named(source, tmp_path):
         assert said.startswith("start_from: ")
         return said
 
-    way_out = ": give --start_from a .ckpt file or the folder of a run"
+    way_out = ": give --start_from a .ckpt file, the folder of a run, or an exported one"
     assert (
         error(tmp_path / "nothing.ckpt") == f"start_from: there is no checkpoint {tmp_path / 'nothing.ckpt'}{way_out}"
     )

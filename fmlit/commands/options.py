@@ -88,11 +88,11 @@ def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) ->
     return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
 
 
-def find_checkpoint(path: str, option: str = "checkpoint") -> Path:
+def find_checkpoint(path: str, option: str = "checkpoint", takes: str = "a .ckpt file or the folder of a run") -> Path:
     """A checkpoint file as it is; of a run folder, its newest checkpoint ``checkpoints/last.ckpt``."""
     found = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
     if not found.is_file():
-        raise ValueError(f"there is no checkpoint {found}: give --{option} a .ckpt file or the folder of a run")
+        raise ValueError(f"there is no checkpoint {found}: give --{option} {takes}")
     return found
 
 
