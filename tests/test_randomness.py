@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from fmlit import randomness
 from fmlit.randomness import image_noise, image_seeds, key, seed_layers, training_generator
 
 
@@ -47,6 +49,17 @@ def test_image_noise_depends_on_its_own_seed_only():
     assert torch.equal(image_noise(seeds[[4]], (3, 4, 4)), together[[4]])
     assert torch.equal(image_noise(seeds.flip(0), (3, 4, 4)), together.flip(0))
     assert image_noise(seeds[:0], (3, 4, 4)).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize(("shape", "threads"), [((3, 4, 4), 1), ((300,), 1), ((300,), 3), ((), 1)])
+def test_image_noise_is_that_of_a_generator_keyed_by_seed_and_purpose(shape, threads, monkeypatch):
+    monkeypatch.setattr(randomness, "VALUES_PER_THREAD", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    seeds = image_seeds(2**31 - 1, range(7))
+    for seed, row in zip(seeds.tolist(), image_noise(seeds, shape, "sde", 4), strict=True):
+        philox = np.random.Philox(key=np.array([seed, key(4, "sde")], dtype=np.uint64))
+        drawn = np.random.Generator(philox).standard_normal(shape, dtype=np.float32)
+        assert np.array_equal(row.numpy(), drawn)
 
 
 def test_streams_and_steps_have_noise_of_their_own():
