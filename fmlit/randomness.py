@@ -52,7 +52,7 @@ def image_noise(seeds: Tensor, shape: Sequence[int], stream: str = "init", step:
     Philox is counter-based: the key is used as it is, so different seeds cannot collide (torch's CPU generator keeps
     32 bits of a seed, with which 50,000 images would share noise once in four runs).
     """
-    noise = torch.empty(len(seeds), *shape)
+    noise = torch.empty(len(seeds), *shape, dtype=torch.float32)
     rows, numbers, purpose = noise.reshape(len(seeds), math.prod(shape)).numpy(), seeds.tolist(), key(step, stream)
     threads = min(torch.get_num_threads(), 1 + noise.numel() // VALUES_PER_THREAD)
 
