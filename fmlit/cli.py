@@ -24,7 +24,7 @@ from fmlit import errors, networks, runs  # noqa: F401  # networks, so that --mo
 from fmlit.callbacks import EMA, Checkpoint, Preempted, Preemption, ProgressBar, QualityCurve, SampleGrid, TrainingLog
 from fmlit.checkpoints import AtomicCheckpointIO
 from fmlit.data.base import DataModule
-from fmlit.launch import best_precision, better_strategy, check_launch, cluster_plugins, launched_processes
+from fmlit.launch import best_precision, better_strategy, check_launch, cluster_plugins, launched_processes, unprofiled
 from fmlit.loggers import MetricsFile
 from fmlit.modules import GenerativeModule
 from fmlit.parsing import HELP, Parser, check_arguments, check_network, config_files
@@ -179,7 +179,7 @@ class TrainingCLI(LightningCLI):
                 **{**settings, "callbacks": [*settings["callbacks"]]}
             )  # it adds to it
             strategy = better_strategy(self.config["trainer"]["strategy"], trainer)
-            return super().instantiate_trainer(**settings, strategy=strategy) if strategy else trainer
+            return unprofiled(super().instantiate_trainer(**settings, strategy=strategy) if strategy else trainer)
         except errors.USER_ERRORS as error:
             raise ValueError(f"trainer: {error}") from error
 
@@ -281,6 +281,7 @@ def _few_words() -> Iterator[None]:
     """Without Lightning's advice that does not hold here; other warnings take one line each."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a report is asked for
     formatwarning = warnings.formatwarning
     with warnings.catch_warnings():
         for advice in (

@@ -94,6 +94,11 @@ class CondOTPath(GaussianPath):
     def beta_dot(self, t: Tensor) -> Tensor:
         return -torch.ones_like(t)
 
+    def velocity(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """``u = z - eps``, the same at all times."""
+        check_time(t)
+        return z - eps
+
     def time_of_sigma(self, sigma: Tensor) -> Tensor:
         return 1 / (1 + sigma)
 

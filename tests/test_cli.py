@@ -1,19 +1,21 @@
 """The training command: help, configuration, the run folder, and going on after an interruption."""
 
 import json
+import logging
 import re
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from tiny_cli import CONFIGS, metrics_of, recipe, runs_in, train
 
 from fmlit import cli, parsing
-from fmlit.launch import best_precision
+from fmlit.launch import best_precision, unprofiled
 
 SCRIPT = CONFIGS.parent / "scripts" / "train.py"
 
@@ -265,3 +267,14 @@ def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, capable=capable: capable)
         assert best_precision("auto") == precision
         assert best_precision("cpu") == "32-true"
+
+
+def test_the_profiler_that_was_asked_for_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for given, used in ((None, "_NoProfiler"), ("simple", "SimpleProfiler")):
+        trainer = unprofiled(pl.Trainer(profiler=given, logger=False, accelerator="cpu", default_root_dir=tmp_path))
+        assert type(trainer.profiler).__name__ == used
+    logger = logging.getLogger("lightning.pytorch.profilers")
+    logger.addHandler(caplog.handler)
+    assert train(tmp_path, "--trainer.profiler=simple", "--trainer.max_steps=2").code == 0
+    logger.removeHandler(caplog.handler)
+    assert "run_training_batch" in caplog.text
