@@ -1,4 +1,4 @@
-"""How processes are launched and meet: what is asked of Lightning for each kind of launch, and checked before it."""
+"""What Lightning is asked for beyond the user's settings: for each kind of launch, checked before it, and for speed."""
 
 import os
 from collections.abc import Mapping, Sequence

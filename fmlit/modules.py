@@ -1,10 +1,9 @@
 """The LightningModules: a ``GenerativeModel``, its optimiser, and one training step. The formulas are in floor 1."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,14 +21,14 @@ from fmlit.descriptions import describe
 from fmlit.generative import GenerativeModel
 from fmlit.gradients import GradientGuard
 from fmlit.objectives import flow_matching_loss, score_matching_loss
-from fmlit.optimizers import MuonAdamW
+from fmlit.optimizers import MuonAdamW, lay_out
 from fmlit.paths import CondOTPath, GaussianPath, VPPath
 from fmlit.predictions import Noise, Prediction, Score, Velocity
+from fmlit.schedules import Decay, RateSchedule
 from fmlit.times import Limits, TimeLaw, UniformTime, training_limits
 from fmlit.uncertainty import TimeUncertainty
 
 NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
-Decay = Literal["constant", "linear", "cosine"]
 
 
 class GenerativeModule(pl.LightningModule, ABC):
@@ -91,18 +90,9 @@ class GenerativeModule(pl.LightningModule, ABC):
             raise ValueError("conditional: true needs data with classes, and this data has none")
         if not 0 <= label_drop <= 1:
             raise ValueError(f"label_drop must be a probability in [0, 1], got {label_drop}")
-        if images < 1 or warmup_images < 0 or stable_images < 0:
-            given = f"{images}, {warmup_images} and {stable_images}"
-            raise ValueError(f"images must be positive, warmup_images and stable_images not negative, got {given}")
-        if decay != "constant" and stable_images and warmup_images + stable_images >= images:
-            raise ValueError(
-                f"stable_images {stable_images:,} leaves nothing of the {images:,} images for the decay, after "
-                f"{warmup_images:,} for warm-up: scale it with the run length"
-            )
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {learning_rate}")
-        if decay not in get_args(Decay):
-            raise ValueError(f"unknown decay {decay!r}: choose from {', '.join(get_args(Decay))}")
+        self.schedule = RateSchedule(images, warmup_images, stable_images, decay)
         classes = num_classes if conditional else None
         coupled = not isinstance(coupling, IndependentCoupling)
         self.model = GenerativeModel(net(tuple(shape), classes), path, prediction, shape, classes, coupled)
@@ -114,7 +104,6 @@ class GenerativeModule(pl.LightningModule, ABC):
             self.model.net.to(memory_format=torch.channels_last)
         self.channels_last = channels_last
         self.muon, self.compile_mode = muon, compile
-        self.images, self.warmup_images, self.stable_images, self.decay = images, warmup_images, stable_images, decay
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.seed = seed
         self.images_seen = 0
@@ -142,7 +131,7 @@ class GenerativeModule(pl.LightningModule, ABC):
     def on_train_start(self) -> None:
         self.guard.to(self.device)
         for optimizer in self.trainer.optimizers:
-            _lay_out(optimizer)
+            lay_out(optimizer)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.world_size > 1 and isinstance(data, DataModule):
             share = data.share().size
@@ -210,7 +199,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         else:
             optimizer = torch.optim.AdamW([*self.model.net.parameters(), *others], **settings)
         # Keyed by images, not by steps: the recipe stays the same when the batch size changes.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.learning_rate_factor(self.images_seen))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.schedule.factor(self.images_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(
@@ -248,16 +237,6 @@ class GenerativeModule(pl.LightningModule, ABC):
             return
         self.guard.admit(optimizer, self.images_seen, gradient_clip_val, gradient_clip_algorithm)
 
-    def learning_rate_factor(self, images_seen: int) -> float:
-        """The share of ``learning_rate`` that is used after ``images_seen`` images."""
-        if images_seen < self.warmup_images:
-            return images_seen / self.warmup_images
-        if self.decay == "constant":
-            return 1.0
-        start = self.warmup_images + self.stable_images
-        done = min(1.0, max(0, images_seen - start) / max(1, self.images - start))
-        return 1 - done if self.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_seen"] = self.images_seen
         checkpoint["model_description"] = describe(self.model)
@@ -274,14 +253,6 @@ class GenerativeModule(pl.LightningModule, ABC):
         for state in (checkpoint["state_dict"], *checkpoint.get("ema", {}).values()):
             for name in [name for name in state if "_orig_mod." in name]:
                 state[name.replace("_orig_mod.", "")] = state.pop(name)
-
-
-def _lay_out(optimizer: Optimizer) -> None:
-    """Give the optimiser's state the strides of its parameters, whose memory format may be new since it was saved."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class FlowMatchingModule(GenerativeModule):

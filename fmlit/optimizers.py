@@ -1,4 +1,4 @@
-"""``MuonAdamW``: Muon for hidden matrices and convolution kernels, AdamW for everything else, as one optimiser."""
+"""``MuonAdamW``: Muon for hidden matrices and kernels, AdamW for the rest, as one optimiser; the layout of states."""
 
 import math
 from collections import defaultdict
@@ -162,3 +162,11 @@ def _by_matrix_shape(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
 def _stack(tensors: list[Tensor]) -> Tensor:
     """(n, rows, columns), in the order of the indices whatever the memory format."""
     return torch.stack([tensor.flatten(1) for tensor in tensors])
+
+
+def lay_out(optimizer: Optimizer) -> None:
+    """Give the optimiser's state the strides of its parameters, whose memory format may be new since it was saved."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -44,7 +44,7 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
     path = newest_valid(checkpoints)
     checkpoint = load(path)
     differences = list(
-        _differences(_network(checkpoint.get("model_description")), _network(describe(module.model)), "model")
+        _differences(_lasting(checkpoint.get("model_description")), _lasting(describe(module.model)), "model")
     )
     differences = differences or list(_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())))
     states = checkpoint.get("optimizer_states") or [{}]
@@ -97,7 +97,7 @@ def _read(path: Path, trust: list[str]) -> tuple[Path, GenerativeModel]:
     return file, load_model(file, trust=trust)
 
 
-def _network(description: Any) -> Any:
+def _lasting(description: Any) -> Any:
     """A model's description without what may change in the course of a run: how noise and data are coupled."""
     if not isinstance(description, Mapping):
         return description

@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from fmlit import guidance, solvers
+from fmlit import solvers
 from fmlit.dynamics import BetaDiffusion, Diffusion, Field
+from fmlit.fields import autoguided_velocity, checked_labels, guided_velocity
 from fmlit.generative import GenerativeModel, evaluation_mode
 from fmlit.predictions import Velocity
 from fmlit.randomness import image_noise
@@ -120,11 +121,11 @@ class Sampler(ABC):
             ValueError: see ``check``; a label is none of the model's; the guide is of other data or on another path.
         """
         self.check(model)
-        known = _checked_labels(model, seeds, labels)
+        known = checked_labels(model, seeds, labels)
         if guide is None:
             velocity = guided_velocity(model, known, self.guidance)
         else:
-            velocity = _autoguided_velocity(model, guide, known, self.guidance)
+            velocity = autoguided_velocity(model, guide, known, self.guidance)
         times = self.grid.times(model.path, self.steps, self.limits(model))
         dtype = None if self.precision == "float32" else torch.bfloat16
         with evaluation_mode(model, dtype), evaluation_mode(guide or model, dtype):
@@ -277,37 +278,3 @@ def _check_sampler(method: str, methods: Sequence[str], steps: int, guidance: fl
         raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
     if precision not in get_args(Precision):
         raise ValueError(f"unknown precision {precision!r}: choose from {', '.join(get_args(Precision))}")
-
-
-def guided_velocity(model: GenerativeModel, labels: Tensor | None, scale: float) -> Field:
-    """The model's velocity for these labels, under classifier-free guidance where ``scale`` is not 1."""
-    if labels is None:
-        if scale != 1:
-            raise ValueError(f"guidance {scale} needs a class-conditional model and labels")
-        return model.velocity
-    return guidance.labelled_classifier_free(model.velocity, labels, model.null_label, scale)
-
-
-def _autoguided_velocity(model: GenerativeModel, guide: GenerativeModel, labels: Tensor | None, scale: float) -> Field:
-    """The model's velocity, pushed away from that of its guide, which may know no classes."""
-    for what in ("shape", "path"):
-        if getattr(guide, what) != getattr(model, what):
-            raise ValueError(
-                f"the guide has the {what} {getattr(guide, what)}, the model {getattr(model, what)}: a guide is a "
-                f"weaker model of the same data on the same path"
-            )
-    known = None if labels is None or guide.num_classes is None else _checked_labels(guide, labels, labels)
-    return guidance.autoguidance(guided_velocity(model, labels, 1.0), guided_velocity(guide, known, 1.0), scale)
-
-
-def _checked_labels(model: GenerativeModel, seeds: Tensor, labels: Tensor | None) -> Tensor | None:
-    if labels is None:
-        return None
-    if model.num_classes is None:
-        raise ValueError("labels were given to an unconditional model; leave them out")
-    if labels.shape != seeds.shape:
-        raise ValueError(f"labels must have the shape of seeds {tuple(seeds.shape)}, got {tuple(labels.shape)}")
-    if len(labels) and not (labels.min() >= 0 and labels.max() < model.num_classes):
-        wrong = labels[(labels < 0) | (labels >= model.num_classes)][0].item()
-        raise ValueError(f"class id {wrong} is unknown: this model has classes 0 to {model.num_classes - 1}")
-    return labels.to(model.device)

@@ -29,6 +29,7 @@ FLOORS = {
     "fmlit.compilation": 2,
     "fmlit.generative": 2,
     "fmlit.uncertainty": 2,
+    "fmlit.fields": 3,
     "fmlit.samplers": 3,
     "fmlit.generation": 3,
     "fmlit.metrics": 3,
@@ -39,6 +40,7 @@ FLOORS = {
     "fmlit.export": 4,
     "fmlit.gradients": 4,
     "fmlit.optimizers": 4,
+    "fmlit.schedules": 4,
     "fmlit.modules": 4,
     "fmlit.callbacks": 4,
 }

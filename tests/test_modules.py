@@ -209,10 +209,10 @@ def test_defaults_are_the_courses():
 )
 def test_the_learning_rate_follows_images(decay, factors):
     module = digits_module(decay=decay, warmup_images=100, images=1100)
-    assert [module.learning_rate_factor(n) for n in (0, 25, 50, 99)] == [0, 0.25, 0.5, 0.99]
-    assert [module.learning_rate_factor(n) for n in (100, 600, 1100, 9999)] == pytest.approx(factors, abs=1e-12)
+    assert [module.schedule.factor(n) for n in (0, 25, 50, 99)] == [0, 0.25, 0.5, 0.99]
+    assert [module.schedule.factor(n) for n in (100, 600, 1100, 9999)] == pytest.approx(factors, abs=1e-12)
     if decay == "cosine":
-        assert module.learning_rate_factor(350) == pytest.approx((1 + 0.5**0.5) / 2)
+        assert module.schedule.factor(350) == pytest.approx((1 + 0.5**0.5) / 2)
 
 
 def test_the_learning_rate_does_not_depend_on_the_batch_size(tmp_path):

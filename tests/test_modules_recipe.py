@@ -17,7 +17,7 @@ FAST = {"muon": True, "uncertainty": True, "net": tiny_unet, "betas": (0.9, 0.95
 
 def test_the_rate_stays_before_it_decays():
     module = digits_module(decay="linear", warmup_images=100, stable_images=400, images=1500)
-    factors = [module.learning_rate_factor(n) for n in (50, 100, 300, 500, 1000, 1500, 2000)]
+    factors = [module.schedule.factor(n) for n in (50, 100, 300, 500, 1000, 1500, 2000)]
     assert factors == [0.5, 1, 1, 1, 0.5, 0, 0]
 
 

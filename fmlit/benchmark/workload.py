@@ -173,7 +173,7 @@ class Workload:
             device=device,
             mixed=trainer.precision == "bf16-mixed",
             learning_rate=module.learning_rate,
-            factor=module.learning_rate_factor,
+            factor=module.schedule.factor,
             betas=module.betas,
             weight_decay=module.weight_decay,
             clip=trainer.gradient_clip_val,

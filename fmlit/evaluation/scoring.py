@@ -14,6 +14,7 @@ from torch import Tensor
 from fmlit import likelihood, solvers
 from fmlit.data import DataModule
 from fmlit.data.datasets import LabelledDataset
+from fmlit.fields import guided_velocity
 from fmlit.generative import GenerativeModel, evaluation_mode
 from fmlit.metrics import (
     ClassReader,
@@ -30,7 +31,6 @@ from fmlit.metrics.quality import Metric
 from fmlit.metrics.ranks import Ranks
 from fmlit.outputs import progress
 from fmlit.randomness import training_generator
-from fmlit.samplers import guided_velocity
 from fmlit.tensors import expand_time
 from fmlit.times import sampling_limits
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fmlit import solvers
 from fmlit.dynamics import BetaDiffusion, Field
+from fmlit.fields import guided_velocity
 from fmlit.generation import balanced_labels
 from fmlit.generative import GenerativeModel, evaluation_mode
 from fmlit.predictions import Velocity
 from fmlit.randomness import image_noise, image_seeds
-from fmlit.samplers import ChurnSampler, ODEMethod, ODESampler, Sampler, SDEMethod, SDESampler, guided_velocity
+from fmlit.samplers import ChurnSampler, ODEMethod, ODESampler, Sampler, SDEMethod, SDESampler
 from fmlit.tensors import expand_time
 from fmlit.times import EDMGrid, Grid, LogitSNRGrid, UniformGrid, sampling_limits
 
