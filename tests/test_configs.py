@@ -50,7 +50,7 @@ def test_it_builds_with_one_config_and_nothing_else(path: Path, tmp_path: Path) 
     assert built.model.model.shape == built.datamodule.shape
     conditional = content["model"]["init_args"].get("conditional", False)
     assert built.model.model.num_classes == (built.datamodule.num_classes if conditional else None)
-    assert built.model.images == content["images"]
+    assert built.model.schedule.images == content["images"]
     assert built.trainer.max_steps == math.ceil(content["images"] / built.datamodule.batch_size)
     assert isinstance(built.trainer.loggers[0], MetricsFile)
     if path.stem in PARAMETERS:
