@@ -4,13 +4,10 @@ A checkpoint ``last.ckpt`` has its SHA-256 beside it in ``last.ckpt.sha256``, in
 of checkpoints has one writer, rank 0 of its run.
 """
 
-import hashlib
 import logging
 import os
-import re
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -18,6 +15,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from fmlit import descriptions
+from fmlit.files import Hash, HashingWriter, read_hashes, replacing, sha256, write_hashes
 from fmlit.generative import GenerativeModel
 
 log = logging.getLogger(__name__)
@@ -45,12 +43,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(path.parent)
-            previous = _recorded(path) or ([_sha256(path)] if path.is_file() else [])
+            previous = _recorded(path) or ([sha256(path)] if path.is_file() else [])
             with replacing(path) as file:
                 digest = _save(checkpoint, file)
-                _write_sidecar(path, [*previous, digest])
+                _record(path, [*previous, digest])
             if previous:
-                _write_sidecar(path, [digest])
+                _record(path, [digest])
         except OSError as error:
             raise OSError(
                 f"cannot write checkpoint {path.name} in {path.parent}: {error.strerror or error}; earlier checkpoints "
@@ -91,7 +89,7 @@ def verify(path: StrPath) -> Verdict:
         recorded = _recorded(path)
         if not recorded:
             return Verdict(False, f"{sidecar.name} holds no SHA-256; delete that file if you trust the checkpoint")
-        same = _sha256(path) in recorded
+        same = sha256(path) in recorded
         return Verdict(same, "" if same else f"its SHA-256 is not the one recorded in {sidecar.name}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -184,39 +182,9 @@ def _check_fit(given: dict[str, Any], wanted: dict[str, Any]) -> None:
         raise ValueError(f"its weights do not fit the network that it describes: {'; '.join(found)}")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of ``path`` at once and durably when the block ends; if it fails, nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: only there is a move atomic
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the move itself durable
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class _HashingWriter:
-    """What torch.save needs of a file, hashing on the way."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha256, self.flush = file, hashlib.sha256(), file.flush
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
-
-
 def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> str:
     """Write the checkpoint; returns the SHA-256 of what was handed to the disk, not of what arrived there."""
-    writer = _HashingWriter(file)
+    writer = HashingWriter(file)
     try:
         torch.save(checkpoint, cast(IO[bytes], writer))
     except RuntimeError as error:  # a failed write reaches us as an inconsistency of torch's archive
@@ -275,19 +243,11 @@ def _sidecar(path: Path) -> Path:
 
 def _recorded(path: Path) -> list[str]:
     """The hashes in the sidecar of the file, or of the file that it links to; none if there is no sidecar."""
-    sidecar = _sidecar(path.resolve())
-    text = sidecar.read_text(errors="replace") if sidecar.exists() else ""
-    return re.findall(r"^[0-9a-f]{64}(?=  )", text, re.MULTILINE)
+    return [digest for digest, _ in read_hashes(_sidecar(path.resolve()))]
 
 
-def _write_sidecar(path: Path, digests: list[str]) -> None:
-    with replacing(_sidecar(path)) as file:
-        file.write("".join(f"{digest}  {path.name}\n" for digest in digests).encode())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _record(path: Path, digests: list[str]) -> None:
+    write_hashes(_sidecar(path), [Hash(digest, path.name) for digest in digests])
 
 
 def _remove_leftovers(folder: Path) -> None:

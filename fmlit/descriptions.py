@@ -150,7 +150,8 @@ def _is_within(dotted: str, packages: Sequence[str]) -> bool:
 def _refusal(class_path: str) -> ValueError:
     return ValueError(
         f"{_shorten(class_path)} is refused: a checkpoint may name networks, paths and predictions of fmlit and "
-        f"{UNET2D}; those of another package are built only if you trust it, with --trust PACKAGE"
+        f"{UNET2D}; those of another package are built only if you trust it, by --trust PACKAGE, or to train, by "
+        f"a configuration that names it"
     )
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 import fmlit
 from fmlit import descriptions
+from fmlit.files import Hash, read_hashes, sha256, write_hashes
 from fmlit.generative import GenerativeModel
 from fmlit.networks import TIME_SCALE, UNet
 from fmlit.predictions import Velocity
 
 WEIGHTS, DESCRIPTION, DIFFUSERS = "model.safetensors", "model.json", "diffusers"
 INDEX = f"{WEIGHTS}.index.json"  # of several files: which tensor is in which
+HASHES = "SHA256SUMS"  # of all files of weights, as ``sha256sum --check`` reads it
 
 DType = Literal["float32", "float16", "bfloat16"]
 DTYPES: dict[DType, torch.dtype] = {name: getattr(torch, name) for name in get_args(DType)}
@@ -59,8 +61,10 @@ def save(
         # Not the method of diffusers' class, which warns of modules to be kept in float32 where there are none.
         unet: Any = nn.Module.to(copy.deepcopy(model.net.unet), DTYPES[dtype])
         unet.save_pretrained(folder / DIFFUSERS, max_shard_size=most)
-    for path in folder.rglob("*.safetensors"):  # which safetensors creates for the owner's eyes only
+    written = sorted(folder.rglob("*.safetensors"))
+    for path in written:  # which safetensors creates for the owner's eyes only
         path.chmod((folder / "README.md").stat().st_mode)
+    write_hashes(folder / HASHES, [Hash(sha256(path), path.relative_to(folder).as_posix()) for path in written])
 
 
 def _stored(name: str, tensor: Tensor, dtype: DType) -> Tensor:
@@ -88,39 +92,45 @@ def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | s
     Raises:
         ValueError: files that are missing, damaged, or do not fit each other.
     """
-    from safetensors import SafetensorError
-
     folder = Path(folder)
     try:
         model = descriptions.build(json.loads((folder / DESCRIPTION).read_text())["model"], trust)
         if not isinstance(model, GenerativeModel):
             raise ValueError(f"{DESCRIPTION} describes a {type(model).__qualname__}, not a GenerativeModel")
         model.net.load_state_dict(_read_weights(folder))
-    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} does not hold an exported model: {' '.join(str(error).split())}") from error
     return model.to(device).float().eval()
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, from its one file or from those that its index lists."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not (folder / INDEX).exists():
-        return load_file(folder / WEIGHTS)
+        return _read_file(folder, WEIGHTS)
     files = json.loads((folder / INDEX).read_text())["weight_map"]
     state: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file:
             raise ValueError(f"{INDEX} names {file}, which is outside of the folder")
-        try:
-            shard = load_file(folder / file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+        shard = _read_file(folder, file)
         if shard.keys() != {name for name, place in files.items() if place == file}:
             raise ValueError(f"{file} does not hold the tensors that {INDEX} places there")
         state |= shard
     return state
+
+
+def _read_file(folder: Path, name: str) -> dict[str, Tensor]:
+    """One file of weights; compared with its hash, where one is known: a file may have come a long way."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    known = {file: digest for digest, file in read_hashes(folder / HASHES)}
+    if name in known and sha256(folder / name) != known[name]:
+        raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {HASHES}; copy it again")
+    try:
+        return load_file(folder / name)
+    except SafetensorError as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
 
 
 def readme(model: GenerativeModel, dtype: DType = "float32") -> str:

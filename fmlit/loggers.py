@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fmlit.checkpoints import replacing
+from fmlit.files import replacing
 from fmlit.runs import wandb_id
 
 if TYPE_CHECKING:

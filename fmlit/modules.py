@@ -119,7 +119,8 @@ class GenerativeModule(pl.LightningModule, ABC):
         return training_limits(self.model.path, self.model.prediction)
 
     def on_fit_start(self) -> None:
-        self.zero_grad()  # an earlier fit may have ended between accumulated batches
+        self._ending = False
+        self.zero_grad()  # an earlier fit may have been interrupted between accumulated batches
         if self.compile_mode in CUDA_GRAPHS and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(  # the next graph would write over gradients that are still being summed
                 f"model.compile: {self.compile_mode} and trainer.accumulate_grad_batches do not go together; choose "
@@ -156,6 +157,17 @@ class GenerativeModule(pl.LightningModule, ABC):
             outputs["transport_cost"] = transport_cost(z, eps)
             outputs["transport_cost_independent"] = transport_cost(z, drawn)
         return outputs
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """An early end, as at ``trainer.max_time``, waits for the step of which the gradient is being summed.
+
+        The images before it would count as seen, and a resumed run would not see them again.
+        """
+        if self.trainer.fit_loop._should_accumulate():
+            self._ending |= self.trainer.should_stop
+            self.trainer.should_stop = False
+        elif self._ending:
+            self.trainer.should_stop = True
 
     def _draw(self, size: int, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """This rank's slice of the global batch's noise, times, and labels after dropping."""

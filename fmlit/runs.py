@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fmlit.agreement import agree, connect, find_meeting
+from fmlit.files import replacing
 
 
 class Run(NamedTuple):
@@ -124,8 +125,6 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, known: dict[str, Any]) -> None:
-    from fmlit.checkpoints import replacing  # imports Lightning, for which all but rank 0 need not wait here
-
     with replacing(folder / "run.json") as file:
         file.write(json.dumps(known, indent=1).encode())
 

@@ -83,7 +83,7 @@ class Sampler(ABC):
         if self.stochastic and model.coupled:
             raise ValueError(
                 f"{type(self).__name__} needs the score, which does not follow from the velocity of a model that was "
-                f"trained on paired noise and data (model.coupling): use ODESampler"
+                f"trained on paired noise and data (model.coupling): use ODESampler, as by --solver heun"
             )
 
     @abstractmethod

@@ -1,6 +1,5 @@
 """Data on the training device: the same batches as from host memory, and host memory where they do not fit."""
 
-import logging
 from itertools import islice
 
 import pytest
@@ -64,14 +63,13 @@ def test_rows_from_the_middle_of_the_stream(on_device):
     assert len(torch.cat(rows).unique()) == 24
 
 
-def test_host_memory_where_there_is_no_accelerator_or_no_room(monkeypatch, caplog):
+def test_host_memory_where_there_is_no_accelerator_or_no_room(monkeypatch, recwarn):
     dataset = InMemoryDataset(torch.zeros(100, 1, 10, 10, dtype=torch.uint8))
     assert resident(dataset, CPU) is None
-    assert not caplog.records
+    assert not recwarn
     monkeypatch.setattr(fmlit.data.resident, "_free_memory", lambda device: 40_000.0)
-    with caplog.at_level(logging.WARNING):
+    with pytest.warns(UserWarning, match="stay in host memory: more than a quarter"):
         assert resident(dataset, torch.device("cuda")) is None
-    assert "stay in host memory: more than a quarter" in caplog.text
     assert resident(TrainingView(dataset), torch.device("cuda")) is None  # items that are read from files
 
 

@@ -121,7 +121,8 @@ def test_the_readme_of_other_predictions_gives_the_bare_output(tmp_path, monkeyp
 def test_other_networks_have_no_folder_for_diffusers(tmp_path, points):
     model = known_model()
     export.save(model, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "model.json", "model.safetensors"]
+    expected = ["README.md", "SHA256SUMS", "model.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
     x, t, labels = points
     assert torch.equal(export.load(tmp_path).velocity(x, t, labels), model.velocity(x, t, labels))
 

@@ -1,7 +1,10 @@
 """What an export stores: half precision, several files, and what is said of those that are wrong."""
 
 import json
+import shutil
 import stat
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -155,6 +158,25 @@ def sharded(folder: Path) -> tuple[Path, dict]:
     return folder, index
 
 
+@pytest.mark.skipif(not shutil.which("sha256sum"), reason="needs sha256sum")
+def test_a_flipped_bit_of_any_file_is_found_by_its_hash(tmp_path):
+    export.save(unet_model(), tmp_path, shard_mb=1)
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.safetensors"))
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    check = partial(subprocess.run, command, cwd=tmp_path, capture_output=True, check=False)
+    assert len(files) == len((tmp_path / "SHA256SUMS").read_text().splitlines()) == 2
+    for file in files:
+        whole = bytearray((tmp_path / file).read_bytes())
+        assert check().returncode == 0
+        (tmp_path / file).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert check().returncode == 1
+        if file.parent == Path():
+            with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its SHA-256 .* copy it again"):
+                export.load(tmp_path)
+        (tmp_path / file).write_bytes(whole)
+    assert export.load(tmp_path)
+
+
 def test_shards_that_are_missing_damaged_or_elsewhere_are_named(tmp_path):
     folder, index = sharded(tmp_path / "model")
     first, second = sorted(folder.glob("*.safetensors"))[:2]
@@ -167,6 +189,10 @@ def test_shards_that_are_missing_damaged_or_elsewhere_are_named(tmp_path):
 
     first.unlink()
     fails(first.name)
+    for damaged in (whole[:-100], whole[:4], b"", b"\xff" * 100):
+        first.write_bytes(damaged)
+        fails(f"{first.name} is damaged")
+    (folder / "SHA256SUMS").unlink()  # an export of old
     for damaged in (whole[:-100], whole[:4], b"", b"\xff" * 100):
         first.write_bytes(damaged)
         fails(f"{first.name} is damaged")

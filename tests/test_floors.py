@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "fmlit"
 FLOORS = {
     "fmlit": 0,
     "fmlit.tensors": 0,
+    "fmlit.files": 0,
     "fmlit.randomness": 0,
     "fmlit.paths": 1,
     "fmlit.mixtures": 1,

@@ -108,6 +108,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(accumulate, tmp_pat
     assert_same_end(run(tmp_path / "long", 12, tmp_path / "short" / "checkpoints" / "last.ckpt"), whole)
 
 
+@pytest.mark.parametrize("asked_at", [28, 32, 36])
+def test_an_early_end_waits_for_the_step_that_is_being_accumulated(asked_at, tmp_path):
+    """Steps of 12 images in batches of 4. What was summed of an unfinished step would be seen, and lost."""
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            trainer.should_stop |= pl_module.images_seen == asked_at
+
+    def run(steps: int, *callbacks: pl.Callback, resume: Path | None = None) -> tuple[pl.Trainer, GenerativeModule]:
+        module = digits_module()
+        return fit(module, tmp_path, steps, *callbacks, resume=resume, accumulate_grad_batches=3), module
+
+    trainer, module = run(9, Stop())
+    assert (trainer.global_step, module.images_seen) == (3, 36)
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    assert_same_end(run(6, resume=tmp_path / "early.ckpt"), run(6))
+
+
 def test_a_run_is_resumed_in_the_middle_of_an_epoch_and_over_its_end(tmp_path):
     """35 points in batches of 12: a batch that spans two epochs is where a sampler would lose its place."""
 

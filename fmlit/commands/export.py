@@ -19,8 +19,9 @@ def export(
 ) -> dict[str, Any]:
     """Write a trained model into a folder, for others to use without the checkpoint.
 
-    The folder holds model.safetensors and model.json, from which fmlit.export.load builds the model, a README, and for
-    a UNet the folder diffusers/, which diffusers.UNet2DModel.from_pretrained loads. The last line of output is JSON.
+    The folder holds model.safetensors and model.json, from which fmlit.export.load builds the model, a README,
+    SHA256SUMS of the weights, and for a UNet the folder diffusers/, which diffusers.UNet2DModel.from_pretrained loads.
+    The last line of output is JSON.
 
     Args:
         checkpoint: A checkpoint, or the folder of a run.

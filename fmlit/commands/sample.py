@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fmlit import checkpoints
-from fmlit.checkpoints import replacing
 from fmlit.commands.options import Names, build_sampler, choose_device, find_checkpoint, load_guide, training_data
 from fmlit.compilation import CompileMode, compile_net
 from fmlit.data.imagefiles import save_npz, save_pngs
 from fmlit.dynamics import Diffusion
+from fmlit.files import replacing
 from fmlit.generation import generate
 from fmlit.generative import GenerativeModel
 from fmlit.outputs import new_file, new_folder, progress

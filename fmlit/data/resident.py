@@ -1,14 +1,11 @@
 """A data set that lies on the training device: batches are gathered and flipped there, and only row numbers travel."""
 
-import logging
-
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fmlit.data.datasets import InMemoryDataset
-
-log = logging.getLogger(__name__)
 
 SHARE = 0.25  # of the free memory that a data set may take; the rest is the network's
 
@@ -42,11 +39,9 @@ def resident(dataset: object, device: torch.device) -> ResidentDataset | None:
     size, free = dataset.data.nbytes + dataset.labels.nbytes, _free_memory(device)
     if size <= SHARE * free:
         return ResidentDataset(dataset, device)
-    log.warning(
-        "the data (%.1f GB) stay in host memory: more than a quarter of the %.1f GB that are free on %s",
-        size / 1e9,
-        free / 1e9,
-        device,
+    rank_zero_warn(
+        f"the data ({size / 1e9:.1f} GB) stay in host memory: more than a quarter of the {free / 1e9:.1f} GB that are "
+        f"free on {device}"
     )
     return None
 
