@@ -24,7 +24,15 @@ from fmlit import errors, networks, runs  # noqa: F401  # networks, so that --mo
 from fmlit.callbacks import EMA, Checkpoint, Preempted, Preemption, ProgressBar, QualityCurve, SampleGrid, TrainingLog
 from fmlit.checkpoints import AtomicCheckpointIO
 from fmlit.data.base import DataModule
-from fmlit.launch import best_precision, better_strategy, check_launch, cluster_plugins, launched_processes, unprofiled
+from fmlit.launch import (
+    best_precision,
+    better_strategy,
+    check_launch,
+    check_precision,
+    cluster_plugins,
+    launched_processes,
+    unprofiled,
+)
 from fmlit.loggers import MetricsFile
 from fmlit.modules import GenerativeModule
 from fmlit.parsing import HELP, Parser, check_arguments, check_network, config_files
@@ -145,6 +153,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"trainer.max_steps: at least 1, or -1 for all images, got {trainer['max_steps']}")
         if trainer["accumulate_grad_batches"] < 1:
             raise ValueError(f"trainer.accumulate_grad_batches: at least 1, got {trainer['accumulate_grad_batches']}")
+        check_precision(trainer["precision"])
         check_network(self.config)
 
     def instantiate_classes(self) -> None:

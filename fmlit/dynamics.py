@@ -30,15 +30,26 @@ class Diffusion(ABC):
     def __call__(self, path: GaussianPath, t: Tensor) -> Tensor:
         """sigma_t, (B,) for t of shape (B,)."""
 
-    def along(self, path: GaussianPath) -> Field:
+    def along(self, path: GaussianPath, times: Tensor | None = None) -> Field:
         """The coefficient as the SDE solvers take it: (x, t) -> (B, 1, ..., 1).
+
+        With the times of a solver it is lowered where their steps could not follow it. Near data the score pulls noise
+        in at the rate ``sigma_t^2 / (2 beta_t^2)``; a step h times that rate above 2 throws it out further than it was,
+        over and over. So sigma_t is at most ``beta_t sqrt(2 / h)``, where one step takes the noise out just once. Any
+        coefficient has the same marginals, and so has this one.
 
         Raises:
             ValueError: sigma_t < 0 (when called on the CPU; elsewhere the check would stall the queue).
         """
+        if times is not None:
+            steps = times.diff()
+            longest = torch.maximum(torch.cat([steps[:1], steps]), torch.cat([steps, steps[-1:]]))  # that touch a time
+            most = path.beta(times) * (2 / longest).sqrt()
 
         def diffusion(x: Tensor, t: Tensor) -> Tensor:
             sigma = self(path, t)
+            if times is not None:
+                sigma = sigma.minimum(most[(t[:, None] - times).abs().argmin(1)])
             if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and (sigma < 0).any():
                 raise ValueError(f"sigma_t must not be negative, got {sigma.min().item():g} from {self}")
             return expand_time(sigma, x)
@@ -48,7 +59,7 @@ class Diffusion(ABC):
 
 @dataclass(frozen=True)
 class ConstantDiffusion(Diffusion):
-    """sigma_t = value. Needs the score up to the end, and more steps the larger it is."""
+    """sigma_t = value, up to where the noise of the path is so little that steps cannot follow (see ``along``)."""
 
     value: float = 1.0
 

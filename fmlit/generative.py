@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fmlit.paths import GaussianPath
 from fmlit.predictions import Prediction
+from fmlit.tensors import check_like
 
 
 class GenerativeModel(nn.Module):
@@ -69,9 +70,12 @@ class GenerativeModel(nn.Module):
         # Expanded times are no other case for a compiled network.
         inputs = self.prediction.network_input(self.path, x, t), t.contiguous(), labels
         if self.dtype is None:
-            return self.net(*inputs)
-        with torch.autocast(x.device.type, self.dtype):
-            return self.net(*inputs).to(x.dtype)
+            output = self.net(*inputs)
+        else:
+            with torch.autocast(x.device.type, self.dtype):
+                output = self.net(*inputs).to(x.dtype)
+        check_like(output, x, f"the output of {type(self.net).__name__} and x")
+        return output
 
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The marginal velocity u_t(x)."""

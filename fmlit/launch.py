@@ -78,6 +78,12 @@ def best_precision(accelerator: Any) -> str:
     return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
+def check_precision(given: str | None) -> None:
+    """Raise a ValueError for weights in half precision, in which a step of the optimiser is often less than a digit."""
+    if given in ("16-true", "bf16-true"):
+        raise ValueError(f"trainer.precision: {given} would keep the weights in half precision: use bf16-mixed")
+
+
 class _NoProfiler(PassThroughProfiler):
     """Makes nothing of an action, where Lightning's makes a generator: a tenth of a millisecond over a step's hooks."""
 

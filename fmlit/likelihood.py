@@ -68,16 +68,22 @@ def velocity_and_divergence(field: Field, x: Tensor, t: Tensor, probe: Tensor | 
     with torch.inference_mode(False), torch.enable_grad():  # Lightning evaluates in inference mode
         x, t = x.clone().requires_grad_(), t.clone()
         velocity = field(x, t)
-        if not velocity.requires_grad:
-            raise ValueError("the field does not depend on x differentiably, so its divergence cannot be taken")
         if probe is not None:
-            (product,) = torch.autograd.grad(velocity, x, probe)
+            product = _gradient(velocity, x, probe)
             return velocity.detach(), (product * probe).flatten(1).sum(1)
         outputs, trace = velocity.flatten(1).sum(0), x.new_zeros(len(x))
         for i in range(len(outputs)):
-            (gradient,) = torch.autograd.grad(outputs[i], x, retain_graph=True)
-            trace += gradient.flatten(1)[:, i]
+            trace += _gradient(outputs[i], x, retain_graph=True).flatten(1)[:, i]
         return velocity.detach(), trace
+
+
+def _gradient(output: Tensor, x: Tensor, vector: Tensor | None = None, retain_graph: bool = False) -> Tensor:
+    found = None
+    if output.requires_grad:
+        (found,) = torch.autograd.grad(output, x, vector, retain_graph, allow_unused=True)
+    if found is None:
+        raise ValueError("the field does not depend on x differentiably, so its divergence cannot be taken")
+    return found
 
 
 def _rademacher(like: Tensor, generator: torch.Generator | None) -> Tensor:

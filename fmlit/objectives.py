@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fmlit.dynamics import Field
 from fmlit.paths import GaussianPath
-from fmlit.tensors import expand_time
+from fmlit.tensors import check_like, expand_time
 
 
 def flow_matching_loss(
@@ -16,9 +16,11 @@ def flow_matching_loss(
     """Conditional flow matching: ``w(t) |u_theta(x_t, t) - u_t(x_t | z)|^2`` with ``x_t = alpha z + beta eps``.
 
     Its gradient is that of the regression on the marginal velocity (Lipman et al. 2023, theorem 2), which is never
-    needed. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,).
+    needed. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,). Raises ValueError for other shapes.
     """
-    return _weighted_mean_square(velocity(path.sample(z, eps, t), t) - path.velocity(z, eps, t), weight)
+    u = velocity(path.sample(z, eps, t), t)
+    check_like(u, z, "the velocity and z")
+    return _weighted_mean_square(u - path.velocity(z, eps, t), weight)
 
 
 def score_matching_loss(
@@ -28,11 +30,17 @@ def score_matching_loss(
 
     The bare ``|s + eps / beta|^2`` has the variance 1 / beta^2, so that times near data would drown all others; the
     factor beta^2 (Song & Ermon 2019, section 4.2) gives every time the same scale. With ``s = -eps_theta / beta`` it is
-    DDPM's ``|eps_theta - eps|^2``. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,).
+    DDPM's ``|eps_theta - eps|^2``. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,). Raises ValueError for
+    other shapes.
     """
-    return _weighted_mean_square(expand_time(path.beta(t), eps) * score(path.sample(z, eps, t), t) + eps, weight)
+    s = score(path.sample(z, eps, t), t)
+    check_like(s, eps, "the score and eps")
+    return _weighted_mean_square(expand_time(path.beta(t), eps) * s + eps, weight)
 
 
 def _weighted_mean_square(residual: Tensor, weight: Tensor | None) -> Tensor:
     loss = residual.square().flatten(1).mean(1)
-    return loss if weight is None else weight * loss
+    if weight is None:
+        return loss
+    check_like(weight, loss, "weight and t")
+    return weight * loss

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-MIN_CHANNELS = 16  # pictures and points have fewer: the first and the last layer, which touch the data, are not hidden
+MIN_CHANNELS = 16  # pictures have fewer, so that the first and the last layer of a U-Net are not hidden
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x -> a x + b x^3 + c x^5, the steepest at 0 (Jordan 2024)
 RMS_OF_ADAMW = 0.2  # root mean square of AdamW's update in units of its learning rate (Liu et al. 2025, section 2.2)
 
@@ -18,7 +18,8 @@ def hidden_matrices(net: nn.Module) -> list[nn.Parameter]:
     """The weights of Linear and Conv layers with at least 16 channels on both sides, in the order of ``parameters()``.
 
     A kernel is the matrix (out, in * k * k). Where convolutions are grouped, the channels of a group count as "in", so
-    depthwise ones are left out; so are transposed ones, whose first dimension is "in".
+    depthwise ones are left out; so are transposed ones, whose first dimension is "in". An ``MLP``'s first and last
+    layer count as hidden where the data has 16 values or more.
     """
     layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
     weights = {layer.weight for layer in layers if min(layer.weight.shape[:2]) >= MIN_CHANNELS}

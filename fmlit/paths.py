@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmlit.tensors import expand_time
+from fmlit.tensors import check_like, expand_time
 
 
 class GaussianPath(ABC):
@@ -51,11 +51,13 @@ class GaussianPath(ABC):
     def sample(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``x_t = alpha z + beta eps``, a draw from p_t(x | z)."""
         check_time(t)
+        check_like(z, eps, "z and eps")
         return expand_time(self.alpha(t), z) * z + expand_time(self.beta(t), eps) * eps
 
     def velocity(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``u = alpha_dot z + beta_dot eps``, the target of conditional flow matching at ``sample(z, eps, t)``."""
         check_time(t)
+        check_like(z, eps, "z and eps")
         return expand_time(self.alpha_dot(t), z) * z + expand_time(self.beta_dot(t), eps) * eps
 
     def conditional_velocity(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
@@ -97,6 +99,8 @@ class CondOTPath(GaussianPath):
     def velocity(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """``u = z - eps``, the same at all times."""
         check_time(t)
+        check_like(z, eps, "z and eps")
+        expand_time(t, z)  # fails where t is not (B,)
         return z - eps
 
     def time_of_sigma(self, sigma: Tensor) -> Tensor:

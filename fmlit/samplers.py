@@ -78,13 +78,20 @@ class Sampler(ABC):
             parts.append(f"{'auto' if guided else 'cfg'}{self.guidance:g}")
         return re.sub(r"[^A-Za-z0-9_.+]", "_", "+".join(parts))  # what protocols take
 
-    def check(self, model: GenerativeModel) -> None:
-        """Raise a ValueError where the model does not have what the sampler follows."""
-        if self.stochastic and model.coupled:
+    def check(self, model: GenerativeModel, guide: GenerativeModel | None = None) -> None:
+        """Raise a ValueError where a model or guide does not have what the sampler follows, or steps are too few."""
+        if self.stochastic and (model.coupled or (guide is not None and guide.coupled)):
             raise ValueError(
                 f"{type(self).__name__} needs the score, which does not follow from the velocity of a model that was "
                 f"trained on paired noise and data (model.coupling): use ODESampler, as by --solver heun"
             )
+        if self.guidance != 1 and guide is None and model.num_classes is None:
+            raise ValueError(f"guidance {self.guidance:g} needs a class-conditional model, or a guide")
+        self.times(model)
+
+    def times(self, model: GenerativeModel) -> Tensor:
+        """The grid for a model, strictly increasing, float64. Raises a ValueError where it needs more steps."""
+        return self.grid.times(model.path, self.steps, self.limits(model))
 
     @abstractmethod
     def limits(self, model: GenerativeModel) -> Limits:
@@ -120,13 +127,13 @@ class Sampler(ABC):
         Raises:
             ValueError: see ``check``; a label is none of the model's; the guide is of other data or on another path.
         """
-        self.check(model)
+        self.check(model, guide)
         known = checked_labels(model, seeds, labels)
         if guide is None:
             velocity = guided_velocity(model, known, self.guidance)
         else:
             velocity = autoguided_velocity(model, guide, known, self.guidance)
-        times = self.grid.times(model.path, self.steps, self.limits(model))
+        times = self.times(model)
         dtype = None if self.precision == "float32" else torch.bfloat16
         with evaluation_mode(model, dtype), evaluation_mode(guide or model, dtype):
             noise = image_noise(seeds, model.shape).to(model.device)
@@ -166,7 +173,10 @@ class ODESampler(Sampler):
 
     def limits(self, model: GenerativeModel) -> Limits:
         # Exponential solvers divide by alpha and by the noise level, so they need the regular part of the clock.
-        return sigma_limits(model.path) if self.method in EXPONENTIAL else sampling_limits(model.path, model.prediction)
+        window = self.grid.sigma_min, self.grid.sigma_max
+        if self.method in EXPONENTIAL:
+            return sigma_limits(model.path, *window)
+        return sampling_limits(model.path, model.prediction, False, *window)
 
     def walk(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
@@ -181,7 +191,7 @@ class SDESampler(Sampler):
     """Follows ``dX = [u_t(X) + sigma_t^2 / 2 s_t(X)] dt + sigma_t dW``, which has the ODE's marginals for any sigma_t.
 
     Args:
-        sigma: the diffusion coefficient sigma_t.
+        sigma: the diffusion coefficient sigma_t, lowered where steps could not follow it (see ``Diffusion.along``).
         method: the solver, by its name in ``fmlit.solvers``.
         steps: number of steps.
         grid: where the steps lie.
@@ -205,12 +215,13 @@ class SDESampler(Sampler):
         self.guidance, self.precision = guidance, precision
 
     def limits(self, model: GenerativeModel) -> Limits:
-        return sampling_limits(model.path, model.prediction, stochastic=True)
+        window = self.grid.sigma_min, self.grid.sigma_max
+        return sampling_limits(model.path, model.prediction, True, *window)
 
     def walk(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
-        sigma = self.sigma.along(model.path)
+        sigma = self.sigma.along(model.path, times.to(x0))
 
         def drift(x: Tensor, t: Tensor) -> Tensor:  # dynamics.sde_drift at the cost of one network evaluation
             u = velocity(x, t)
@@ -256,7 +267,7 @@ class ChurnSampler(Sampler):
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
 
     def limits(self, model: GenerativeModel) -> Limits:
-        return sigma_limits(model.path)
+        return sigma_limits(model.path, self.grid.sigma_min, self.grid.sigma_max)
 
     def walk(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
@@ -265,7 +276,8 @@ class ChurnSampler(Sampler):
             return image_noise(seeds, model.shape, "sde", step).to(like)
 
         knobs = (self.s_churn, self.s_min, self.s_max, self.s_noise)
-        return solvers.churn(velocity, x0, times, model.path, *knobs, noise=noise, trajectory=trajectory)
+        path, steps = model.path, self.steps  # with the closing step, as EDM counts
+        return solvers.churn(velocity, x0, times, path, *knobs, noise=noise, trajectory=trajectory, steps=steps)
 
 
 def _check_sampler(method: str, methods: Sequence[str], steps: int, guidance: float, precision: str) -> None:

@@ -1,4 +1,4 @@
-"""The two shape and range conversions that everything shares: expand ``t`` to ``x``, and images to and from uint8."""
+"""What everything shares of shapes and ranges: ``t`` expanded to ``x``, equal shapes, images to and from uint8."""
 
 import torch
 from torch import Tensor
@@ -15,12 +15,21 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape(-1, *(1,) * (x.ndim - 1))
 
 
+def check_like(x: Tensor, like: Tensor, what: str) -> None:
+    """Raise a ValueError that names ``what`` unless two tensors have one shape: they would be broadcast silently."""
+    if x.shape != like.shape:
+        raise ValueError(f"{what} must have the same shape, got {tuple(x.shape)} and {tuple(like.shape)}")
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] to uint8 by clamping and rounding to the nearest level.
 
     Raises:
-        ValueError: a value is NaN or infinite (a cast would turn it into an ordinary grey value).
+        ValueError: the images are integers, or a value is NaN or infinite (a cast would turn it into an ordinary grey
+            value).
     """
+    if not images.is_floating_point():
+        raise ValueError(f"expected images in [-1, 1] as floating-point numbers, got {images.dtype}")
     if not torch.isfinite(images).all():
         raise ValueError(f"images of shape {tuple(images.shape)} hold NaN or infinite values")
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)

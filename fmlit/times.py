@@ -38,15 +38,21 @@ def training_limits(path: GaussianPath, prediction: Prediction) -> Limits:
     return Limits(0.0, 1.0) if regular else Limits(TRAINING_MARGIN, 1.0 - TRAINING_MARGIN)
 
 
-def sampling_limits(path: GaussianPath, prediction: Prediction, stochastic: bool = False) -> Limits:
+def sampling_limits(
+    path: GaussianPath,
+    prediction: Prediction,
+    stochastic: bool = False,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+) -> Limits:
     """Times at which the field that a sampler follows is regular.
 
     An ODE that follows a velocity network runs over the whole clock, VP excepted. What needs a conversion to z, eps or
-    the score (every SDE does) stays where ``SIGMA_MIN <= beta / alpha <= SIGMA_MAX``; a sampler that ends early closes
+    the score (every SDE does) stays where ``sigma_min <= beta / alpha <= sigma_max``; a sampler that ends early closes
     with one denoising step.
     """
     regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
-    return Limits(0.0, 1.0) if regular and not stochastic else sigma_limits(path)
+    return Limits(0.0, 1.0) if regular and not stochastic else sigma_limits(path, sigma_min, sigma_max)
 
 
 def sigma_limits(path: GaussianPath, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Limits:
@@ -73,7 +79,7 @@ class TimeLaw(ABC):
     def sample(self, n: int, generator: torch.Generator, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
         """(n,) float32 times on the generator's device, moved into the limits by clamping."""
         device = generator.device
-        u = torch.rand(n, generator=generator, device=device)
+        u = torch.rand(n, generator=generator, device=device, dtype=torch.float32)  # whatever the default is
         if self.stratified:
             u = (torch.randperm(n, generator=generator, device=device) + u) / n
         return self.quantile(u).clamp(limits.start, limits.end)
@@ -116,7 +122,12 @@ class Grid(ABC):
     ``times(path, steps, limits)`` increases strictly, in float64. Where it can end at t = 1 it has ``steps + 1``
     entries. Where it must end before, it has ``steps``: the sampler's last step is then one denoising step from
     ``times[-1]`` to data, as in EDM, and the number of steps is the same.
+
+    ``sigma_min`` and ``sigma_max`` bound beta / alpha for samplers that cannot walk over the whole clock.
     """
+
+    sigma_min: float = SIGMA_MIN
+    sigma_max: float = SIGMA_MAX
 
     @abstractmethod
     def times(self, path: GaussianPath, steps: int, limits: Limits = Limits(0.0, 1.0)) -> Tensor:

@@ -12,6 +12,7 @@ from fmlit.callbacks import EMA, Checkpoint, QualityCurve, SampleGrid
 from fmlit.callbacks.intervals import sampled_model
 from fmlit.checkpoints import load, load_model
 from fmlit.metrics import NetworkFeatures
+from fmlit.networks import MLP
 from fmlit.samplers import ODESampler
 
 SLOW = 10**9  # a half-life that only the ramp keeps from holding on to the beginning
@@ -217,6 +218,22 @@ def test_bug_5_averages_of_bfloat16_weights_move():
     averages = driven(ema, [1.0] + [1.0078125] * 20, size, torch.bfloat16)
     assert averages[-1] - 1 == pytest.approx(0.0078125 * (1 - 0.9999**20), rel=0.1)
     assert {p.dtype for p in ema.copies[ema.names[0]].parameters()} == {torch.float32}
+
+
+def test_running_statistics_are_those_of_the_trained_network(tmp_path):
+    class Normed(MLP):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments, width=32, depth=1)
+            self.outputs[0] = nn.BatchNorm1d(32)
+
+    ema = EMA([100, 1000])
+    module = digits_module(net=Normed)
+    fit(module, tmp_path, 3, ema)
+    buffers = dict(module.model.net.named_buffers())
+    assert buffers["outputs.0.running_mean"].abs().max() > 0.01
+    for name in ema.names:
+        assert same(dict(ema.model(module, name).net.named_buffers()), buffers)
+        assert not same(dict(ema.model(module, name).net.named_parameters()), dict(module.model.net.named_parameters()))
 
 
 def test_the_average_moves_once_per_optimiser_step(tmp_path, monkeypatch):

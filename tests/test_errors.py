@@ -104,6 +104,7 @@ def test_unknown_keys_of_a_recipe_are_named_as_on_the_command_line(
         ("--samples.sampler.method=eulr", "samples.sampler.method", "Expected one of ['euler', "),
         ("--model.decay=fast", "model.decay", "Expected one of ['constant', 'linear', 'cosine']. Got value: fast"),
         ("--trainer.precision=17", "trainer.precision", "Got value: 17"),
+        ("--trainer.precision=bf16-true", "trainer.precision", "keep the weights in half precision: use bf16-mixed"),
         ("--seed_everything=true", "seed_everything", "Expected an int"),
         ("--model=null", "model", "required, and not given"),
         ("--model.net=null", "model.net", "required, and not given"),

@@ -173,6 +173,10 @@ def test_bits_per_dimension_bound_those_of_the_grey_levels(std):
 def test_a_field_without_a_gradient_is_refused():
     with pytest.raises(ValueError, match="does not depend on x differentiably"):
         log_likelihood(lambda x, t: x.detach(), torch.zeros(2, 1), TIMES)
+    constant = torch.ones(1, requires_grad=True)  # a gradient, but not of x
+    for divergence in ("exact", "hutchinson"):
+        with pytest.raises(ValueError, match="does not depend on x differentiably"):
+            log_likelihood(lambda x, t: constant.expand_as(x), torch.zeros(2, 1), TIMES, divergence)
 
 
 def test_an_unknown_divergence_is_named():

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from fmlit.generative import GenerativeModel
 from fmlit.mixtures import GaussianMixture
+from fmlit.networks import MLP
 from fmlit.objectives import flow_matching_loss, score_matching_loss
-from fmlit.paths import CondOTPath, CosinePath, GaussianPath
-from fmlit.predictions import Noise, PreconditionedVelocity, Score
+from fmlit.paths import CondOTPath, CosinePath, GaussianPath, VPPath
+from fmlit.predictions import Noise, PreconditionedVelocity, Score, Velocity
 from fmlit.tensors import expand_time
 
 LOSSES = [flow_matching_loss, score_matching_loss]
@@ -140,3 +141,28 @@ def test_a_score_network_is_regressed_on_the_score():
     losses = score_matching_loss(model.score, path, z, eps, t)
     residual = path.sample(z, eps, t).sin() + eps / (1 - t)[:, None]
     torch.testing.assert_close(losses, ((1 - t)[:, None] * residual).square().mean(1), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("shape", [(4,), (4, 4), (4, 1, 1), (1, 1)])
+def test_what_would_be_broadcast_is_refused(loss, shape):
+    z, eps, t = torch.randn(4, 1), torch.randn(4, 1), torch.rand(4)
+    with pytest.raises(ValueError, match="must have the same shape"):
+        loss(lambda x, t: torch.zeros(shape), CondOTPath(), z, eps, t)
+    if shape != (4,):
+        with pytest.raises(ValueError, match="weight and t must have the same shape"):
+            loss(lambda x, t: torch.zeros_like(x), CondOTPath(), z, eps, t, torch.ones(shape))
+    for call in (CondOTPath().sample, CondOTPath().velocity, VPPath().velocity):
+        with pytest.raises(ValueError, match="z and eps must have the same shape"):
+            call(z, torch.randn(shape), t)
+    with pytest.raises(ValueError, match="t must have shape"):
+        CondOTPath().velocity(z, eps, torch.rand(7))
+
+
+def test_a_network_of_another_shape_is_named():
+    model = GenerativeModel(MLP((1,)), CondOTPath(), Velocity(), (2,))
+    model.net.forward = lambda x, t, labels: x[:, :1]
+    with pytest.raises(
+        ValueError, match=r"output of MLP and x must have the same shape, got \(4, 1\) and \(4, 2\)"
+    ):
+        model.velocity(torch.randn(4, 2), torch.rand(4))

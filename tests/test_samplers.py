@@ -174,15 +174,6 @@ def test_names_tell_every_setting_that_changes_the_images():
         assert str(Protocol("pixels", 1000, "train", sampler=name)).endswith(f"-{name}")
 
 
-@pytest.mark.parametrize("sampler", [SDESampler(steps=2), ChurnSampler(steps=2)], ids=lambda sampler: sampler.method)
-def test_a_model_of_paired_noise_and_data_has_no_score_to_follow(sampler):
-    model = GenerativeModel(tiny_mlp((2,)), CondOTPath(), Velocity(), (2,), coupled=True)
-    for refused in (model, model.with_net(model.net)):
-        with pytest.raises(ValueError, match=f"{type(sampler).__name__} needs the score, which does not follow"):
-            sampler.sample(refused, torch.arange(3))
-    ODESampler(steps=2).sample(model, torch.arange(3))
-
-
 @pytest.mark.parametrize("path", [CondOTPath(), VPPath()], ids=repr)
 def test_a_trajectory_starts_with_scaled_noise_and_ends_in_the_sample(path):
     model, sampler, seeds = oracle_model([MIXTURE], path), ODESampler(steps=6), image_seeds(0, range(3))

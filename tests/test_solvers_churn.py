@@ -53,6 +53,25 @@ def test_churn_is_algorithm_2_of_edm(path: GaussianPath) -> None:
     torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
 
 
+def test_churn_is_spread_over_all_steps_that_the_sampler_counts() -> None:
+    # A field of 0 keeps x on CondOT, and with it 1 - t: what a step adds is seen in the noise that it asks for.
+    path, times, asked = CondOTPath(), EDMGrid().times(CondOTPath(), 8), []
+
+    def noise(i: int, like: Tensor) -> Tensor:
+        asked.append(i)
+        return torch.zeros_like(like)
+
+    def seen(x: Tensor, t: Tensor) -> Tensor:
+        evaluated.append(t[0].item())
+        return torch.zeros_like(x)
+
+    for steps, counted in ((None, 7), (8, 8)):
+        evaluated: list[float] = []
+        solvers.churn(seen, normal(1, 2), times, path, s_churn=2.0, s_max=1e9, noise=noise, steps=steps)
+        raised = path.sigma(torch.tensor(evaluated[2], dtype=torch.float64)).item()  # two evaluations per step
+        assert raised / path.sigma(times[1]).item() == pytest.approx(1 + 2.0 / counted)
+
+
 def test_churn_without_noise_is_heun_in_sigma() -> None:
     path = CosinePath()
     times = EDMGrid().times(path, 12)

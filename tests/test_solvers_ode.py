@@ -224,6 +224,8 @@ def test_bad_fields_and_starts(solver) -> None:
         solver(lambda x, t: t, start(3, 3), grid(4))  # would broadcast
     with pytest.raises(ValueError, match="floating-point"):
         solver(linear, torch.ones(2, 3, dtype=torch.int64), grid(4))
+    with pytest.raises(ValueError, match=r"in float32 or float64, got torch\.bfloat16"):
+        solver(linear, torch.ones(2, 3, dtype=torch.bfloat16), grid(4))
     with pytest.raises(ValueError, match="x0 has NaN or infinite values"):
         solver(linear, torch.tensor([[1.0, math.inf]]), grid(4))
 

@@ -44,3 +44,8 @@ def test_non_finite_images_are_refused(value):
 def test_only_uint8_is_read_as_grey_levels():
     with pytest.raises(ValueError, match="float32"):
         from_uint8(torch.zeros(2))
+
+
+def test_grey_levels_are_not_taken_for_images():
+    with pytest.raises(ValueError, match=r"as floating-point numbers, got torch\.uint8"):
+        to_uint8(torch.tensor([0, 255], dtype=torch.uint8))

@@ -68,7 +68,7 @@ class TrainingLog(pl.Callback):
         assert self._sums is not None
         losses, times = (torch.cat(values) for values in zip(*self._steps, strict=True))
         bins = (times * self.bins).long().clamp(max=self.bins - 1)
-        self._sums.index_add_(1, bins, torch.stack([losses.float(), torch.ones_like(times)]))
+        self._sums.index_add_(1, bins, torch.stack([losses.float(), torch.ones_like(times, dtype=torch.float32)]))
         self._steps.clear()
 
     def _log(self, trainer: pl.Trainer, module: GenerativeModule) -> None:

@@ -144,7 +144,7 @@ def evaluate(
                 build_sampler(name, count, grid, scale, sigma, precision or "float32") for name, count, scale in sweep
             ]
             for sampler in samplers:
-                sampler.check(loaded)
+                sampler.check(loaded, weaker)
             saved = Path(save_images) if save_images else None
             cells = [of_model.samples(sampler, folder, neighbours, saved) for sampler in samplers]
             cells += [of_model.likelihood()] if "bpd" in chosen else []

@@ -92,7 +92,7 @@ def sample(
     sampler = build_sampler(solver, steps, grid, guidance, sigma, precision)
     where = choose_device(device)
     model, weaker = checkpoints.load_model(file, weights, trust, where), load_guide(guide, trust, where)
-    sampler.check(model)
+    sampler.check(model, weaker)
     for part in (model, weaker):
         if compile and part:
             compile_net(part.net, compile)

@@ -44,7 +44,7 @@ def sampling_trajectories(model: GenerativeModel, digits: int = 3, steps: int = 
     classes = [] if labels is None else [str(label) for label in labels.tolist()]
     figure, axes = style.panels(len(samplers), 1, (9.6, 1.1 + 2 * 0.85 * digits))
     for (name, sampler), panel in zip(samplers.items(), axes[:, 0], strict=True):
-        times = sampler.grid.times(model.path, steps, sampler.limits(model)).tolist()
+        times = sampler.times(model).tolist()
         states = sampler.sample(model, seeds, labels, trajectory=True)
         stops = torch.linspace(0, len(states) - 1, COLUMNS).round().long().tolist()
         clock = [f"{[*times, 1.0][stop]:.2f}" for stop in stops]

@@ -146,6 +146,8 @@ def check_times(times: Tensor) -> list[float]:
 def _check_start(x0: Tensor) -> None:
     if x0.ndim < 1 or not x0.is_floating_point():
         raise ValueError(f"x0 must be a floating-point (B, *shape) tensor, got {x0.dtype} of shape {tuple(x0.shape)}")
+    if x0.dtype.itemsize < 4:  # times near 1 would round to it, and steps be lost in the state
+        raise ValueError(f"x0 must be in float32 or float64, got {x0.dtype}: let the field compute in less instead")
 
 
 def _raise_unless_finite(finite: Sequence[Tensor], clock: Sequence[float]) -> None:

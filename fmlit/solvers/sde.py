@@ -84,20 +84,21 @@ def churn(
     noise: NoiseSource | None = None,
     generator: torch.Generator | None = None,
     trajectory: bool = False,
+    steps: int | None = None,
 ) -> Tensor:
     """EDM's stochastic sampler (Karras et al. 2022, algorithm 2) on any path, for y = x / alpha, sigma = beta / alpha.
 
     Where s_min <= sigma <= s_max a step first adds noise, up to sigma (1 + gamma) with
-    ``gamma = min(s_churn / N, sqrt(2) - 1)`` and N = len(times) - 1, but not above the path's first sigma. Then it
-    takes a Heun step in sigma: two evaluations, or one if it ends at t = 1. With s_churn = 0 the sampler is
-    deterministic. ``field`` is the velocity; times as in ``exponential.py``. The defaults are EDM's for ImageNet-64
-    (table 5).
+    ``gamma = min(s_churn / N, sqrt(2) - 1)`` and N = ``steps``, by default len(times) - 1, but not above the path's
+    first sigma. Then it takes a Heun step in sigma: two evaluations, or one if it ends at t = 1. With s_churn = 0 the
+    sampler is deterministic. ``field`` is the velocity; times as in ``exponential.py``. The defaults are EDM's for
+    ImageNet-64 (table 5).
     """
     check_churn(s_churn, s_min, s_max, s_noise)
     draw = _noise_source(noise, generator)
     alphas, sigmas = noise_levels(path, times)
     largest = path.sigma(torch.zeros(1, dtype=torch.float64)).item()
-    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+    gamma = min(s_churn / (steps or len(sigmas) - 1), math.sqrt(2) - 1)
 
     def step(n: int, x: Tensor, t: float, t_next: float) -> Tensor:
         y, sigma, alpha, sigma_next, alpha_next = x / alphas[n], sigmas[n], alphas[n], sigmas[n + 1], alphas[n + 1]
