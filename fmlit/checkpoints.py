@@ -1,7 +1,7 @@
 """Checkpoint files that survive a kill at any point, are verified before use, and cannot run code.
 
-A checkpoint ``last.ckpt`` has its SHA-256 beside it in ``last.ckpt.sha256``, in the format of ``sha256sum``. A folder
-of checkpoints has one writer, rank 0 of its run.
+A checkpoint ``000064000.ckpt`` has its SHA-256 beside it in ``000064000.ckpt.sha256``, as ``sha256sum`` writes it. A
+folder of checkpoints has one writer, rank 0 of its run.
 """
 
 import logging

@@ -197,7 +197,8 @@ class TrainingCLI(LightningCLI):
         given = self.config_init["trainer"]
         steps = given["max_steps"]
         if steps == -1:
-            steps = math.ceil(self.config["images"] / self.datamodule.batch_size)
+            left = max(0, self.config["images"] - self.start.images)
+            steps = self.start.step + math.ceil(left / self.datamodule.batch_size)
         given_loggers = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
         loggers = [logger for logger in given_loggers if not isinstance(logger, bool | None)]
         for logger in loggers:

@@ -24,6 +24,7 @@ HELP = """Train an image generator by flow matching or score matching.
   train.py --config FILE --model.net.channels 64           with any key changed
   train.py --config FILE --print_config                    every key and its value, without training
   train.py --config FILE --resume                          go on with the newest run of that name
+  train.py --config runs/NAME/config.yaml --resume         the same, with all options that the run had
 
 The arguments of the model, of its parts and of the data depend on their class, and are listed by
   train.py --model.help FlowMatchingModule                 ScoreMatchingModule

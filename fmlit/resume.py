@@ -17,13 +17,14 @@ MOST_DIFFERENCES = 3
 
 
 class Start(NamedTuple):
-    """Where training starts: at the beginning, or with the state of a checkpoint after so many steps.
+    """Where training starts: at the beginning, or with the state of a checkpoint after so many steps and images.
 
     ``weights`` is where the network of a new run comes from, if it does not start from scratch.
     """
 
     checkpoint: str | None = None
     step: int = 0
+    images: int = 0
     weights: str | None = None
 
 
@@ -56,7 +57,7 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
             f"{_listed(differences)}: {path} holds another model; resume with the configuration in "
             f"{folder / 'config.yaml'}, or start a new run without --resume"
         )
-    return Start(str(path), int(checkpoint["global_step"]))
+    return Start(str(path), int(checkpoint["global_step"]), int(checkpoint["images_seen"]))
 
 
 def take_weights(path: str, module: GenerativeModule) -> None:

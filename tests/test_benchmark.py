@@ -117,7 +117,7 @@ def test_the_command_measures_training_and_names_who_is_missing(tmp_path, monkey
     assert list(summary["missing"]) == [*absent, "diffusers_published"]
     for name in summary["missing"]:
         assert f"{name} is left out: " in ended.err
-    assert ended.err.count("pip install 'fmlit[bench]'") == 5
+    assert ended.err.count("pip install -e '.[bench]'") == 5
     record = json.loads(out.read_text())
     assert record["missing"] == summary["missing"]
     assert {"torch", "lightning", "python", "fmlit", "torchcfm"} <= set(record["versions"])

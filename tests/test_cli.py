@@ -206,6 +206,13 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> 
     assert (tmp_path / "runs" / "tiny" / "metrics.csv").read_bytes() == before
 
 
+def test_a_run_that_is_resumed_with_another_batch_ends_at_the_same_number_of_images(tmp_path: Path) -> None:
+    train(tmp_path, "--images=160", "--data.batch_size=16")
+    outcome = train(tmp_path, "--resume", "--images=400", "--data.batch_size=24")
+    assert "400 images in 20 steps of 24; resumed after 10 steps, " in outcome.out.splitlines()[0]
+    assert (outcome.summary["images_seen"], outcome.summary["steps"]) == (400, 20)
+
+
 def test_a_requeued_job_comes_back_to_its_folder_even_before_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,7 +162,5 @@ def test_what_would_be_broadcast_is_refused(loss, shape):
 def test_a_network_of_another_shape_is_named():
     model = GenerativeModel(MLP((1,)), CondOTPath(), Velocity(), (2,))
     model.net.forward = lambda x, t, labels: x[:, :1]
-    with pytest.raises(
-        ValueError, match=r"output of MLP and x must have the same shape, got \(4, 1\) and \(4, 2\)"
-    ):
+    with pytest.raises(ValueError, match=r"output of MLP and x must have the same shape, got \(4, 1\) and \(4, 2\)"):
         model.velocity(torch.randn(4, 2), torch.rand(4))

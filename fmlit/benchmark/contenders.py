@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from fmlit.benchmark import loops, published
 from fmlit.benchmark.workload import Workload
 
-INSTALL = "pip install 'fmlit[bench]'"
+INSTALL = "pip install -e '.[bench]'"
 FMLIT, BARE = "fmlit", "bare"
 Builder = Callable[[Workload], loops.Loop]
 

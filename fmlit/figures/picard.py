@@ -27,13 +27,14 @@ def picard_iterates(field: Field, x0: Tensor, times: Tensor, count: int) -> Tens
 
 
 def square_root(x: Tensor, t: Tensor) -> Tensor:
-    """u(x) = 2 sqrt|x|: continuous, not Lipschitz at 0. From X_0 = 0 start X_t = 0, t^2, and every mixture of them."""
+    """u(x) = 2 sqrt|x|: continuous, not Lipschitz at 0. From X_0 = 0 start X_t = 0, t^2, and 0 up to
+    any time s with (t - s)^2 from then on."""
     return 2 * x.abs().sqrt()
 
 
 @style.styled
 def picard_lindeloef(theta: float = 3.0) -> Figure:
-    """Left: Picard iterates of dX/dt = -theta X, the Taylor polynomials of the solution. Right: two solutions at 0."""
+    """Left: Picard iterates of dX/dt = -theta X, Taylor polynomials of the solution. Right: three solutions from 0."""
     figure, ((left, right),) = style.panels(1, 2, (9.6, 3.6))
     times = torch.linspace(0, 1, 401, dtype=style.PLANE_DTYPE)
     one = torch.ones(1, 1, dtype=style.PLANE_DTYPE)

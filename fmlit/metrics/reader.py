@@ -8,7 +8,7 @@ from fmlit.tensors import from_uint8
 
 
 class ClassReader:
-    """A support vector machine that reads the class of an image, for small sets (8x8 digits: 0.99 held out).
+    """A support vector machine that reads the class of an image, for small sets (8x8 digits: 0.98 held out).
 
     Fitted on pixels of part of the real images; the rest, held out, tells how far its reading can be trusted. Training
     takes a time quadratic in the number of images: minutes beyond 20,000.
