@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fmlit.data import CIFAR10, MNIST, Checkerboard, DataModule, Digits, Moons, TwoPoints
-from fmlit.data.datasets import InMemoryDataset
+from fmlit.data.datasets import InMemoryDataset, warn_of_uneven_classes
 
 
 def everything(data, split="train"):
@@ -120,3 +120,13 @@ def test_fingerprints_follow_pixels_and_labels():
     assert len({variant.fingerprint() for variant in variants}) == 4
     assert InMemoryDataset(images.clone()).fingerprint() == variants[0].fingerprint()
     assert all(len(variant.fingerprint()) == 16 for variant in variants)
+
+
+def test_classes_that_are_not_equally_frequent_are_warned_of(recwarn):
+    images = torch.zeros(30, 1, 2, 2, dtype=torch.uint8)
+    for labels in (None, torch.arange(30) % 3, torch.tensor([0] * 10 + [1] * 20)):
+        warn_of_uneven_classes(InMemoryDataset(images, labels))
+    warn_of_uneven_classes(object())
+    assert not recwarn
+    with pytest.warns(UserWarning, match="hold 9 to 21 images each"):
+        warn_of_uneven_classes(InMemoryDataset(images, torch.tensor([0] * 9 + [1] * 21)))

@@ -9,6 +9,7 @@ import torch
 
 from fmlit.callbacks.checkpoint import save
 from fmlit.callbacks.intervals import EveryImages, averages_of, check_sampler, log_metrics, sampled_model
+from fmlit.data.datasets import warn_of_uneven_classes
 from fmlit.generation import generate
 from fmlit.metrics import Features, ImageQuality, PixelFeatures, Reference, reference_statistics
 from fmlit.metrics.quality import Metric, quantised
@@ -75,6 +76,9 @@ class QualityCurve(EveryImages):
         if self.every is None:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, GenerativeModule)
+        if pl_module.model.num_classes is not None:
+            warn_of_uneven_classes(data.dataset(self.split))
         self.features.to(pl_module.device)
         fingerprint = data.fingerprint(self.split)
         self._reference = reference_statistics(

@@ -20,6 +20,7 @@ from fmlit.commands.options import (
 )
 from fmlit.compilation import CompileMode, compile_net
 from fmlit.data import DataModule
+from fmlit.data.datasets import warn_of_uneven_classes
 from fmlit.dynamics import Diffusion
 from fmlit.evaluation import reports
 from fmlit.evaluation.cells import Cell, ModelCells, images_cell
@@ -133,6 +134,8 @@ def evaluate(
         else:
             assert file is not None
             loaded = checkpoints.load_model(file, weights or "ema", trust, where).requires_grad_(False)
+            if loaded.num_classes is not None and scorer.distances:
+                warn_of_uneven_classes(data.dataset(scorer.splits[0]))  # type: ignore[arg-type]  # it checks
             weaker = load_guide(guide, trust, where)
             for part in (loaded, weaker):
                 if compile and part:

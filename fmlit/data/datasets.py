@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -73,3 +74,16 @@ class TrainingView(Dataset[dict[str, Tensor]]):
 def as_is(batch: Any) -> Any:
     """The collate function for data sets that return whole batches."""
     return batch
+
+
+def warn_of_uneven_classes(dataset: object) -> None:
+    """Warn where samples of a conditional model, as many of each class, are compared with data that are not."""
+    labels = getattr(dataset, "labels", None)  # a data set of the user's own may keep them elsewhere
+    if isinstance(labels, Tensor) and len(labels):
+        counts = torch.bincount(labels)
+        fewest, most = int(counts.min()), int(counts.max())
+        if most > 2 * fewest:
+            rank_zero_warn(
+                f"the classes of the data hold {fewest:,} to {most:,} images each, and as many samples are drawn of "
+                f"one as of another: distances are larger by that; compare them among conditional models only"
+            )

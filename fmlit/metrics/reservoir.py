@@ -21,7 +21,7 @@ class Reservoir:
     """The ``capacity`` rows with the smallest keys, ordered by key: bottom-k sampling.
 
     With hashes for keys this is a uniform sample without replacement, and the same one for any order, batching and
-    number of processes. Rows are kept on the CPU.
+    number of processes. Copies of one image share its key, and are kept or left out together. Rows are kept on the CPU.
     """
 
     def __init__(self, capacity: int) -> None:
