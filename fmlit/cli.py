@@ -1,15 +1,12 @@
 """The command line of training: a LightningCLI with a run folder, links from data to model, and one-line errors."""
 
-import contextlib
 import json
-import logging
 import math
 import shutil
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import fmlit
@@ -28,7 +26,8 @@ from fmlit.launch import (
     best_precision,
     better_strategy,
     check_launch,
-    check_precision,
+    check_launcher,
+    check_trainer,
     cluster_plugins,
     launched_processes,
     unprofiled,
@@ -37,7 +36,7 @@ from fmlit.loggers import MetricsFile
 from fmlit.modules import GenerativeModule
 from fmlit.parsing import HELP, Parser, check_arguments, check_network, config_files
 from fmlit.resume import Start, find_start, take_weights
-from fmlit.summary import callback, headline, summary
+from fmlit.summary import callback, few_words, headline, summary
 
 # Trainer options that would be accepted and then ignored: the stream of batches is endless and its length is in images,
 # there is no validation loop, and run folder, checkpoints and their hash are ours.
@@ -51,9 +50,9 @@ OURS = {
 
 PARTS = {
     "ema": EMA,
+    "checkpoint": Checkpoint,  # before what takes long, and may fail
     "samples": SampleGrid,
     "quality": QualityCurve,
-    "checkpoint": Checkpoint,
     "preemption": Preemption,  # after all that acts at the end of a step
 }
 MEMORY = "lower data.batch_size (while scoring quality.batch_size), or raise trainer.accumulate_grad_batches"
@@ -146,14 +145,9 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        images, trainer = self.config["images"], self.config["trainer"]
-        if images < 1:
-            raise ValueError(f"images: a run has at least 1 training image, got {images}")
-        if trainer["max_steps"] < 1 and trainer["max_steps"] != -1:
-            raise ValueError(f"trainer.max_steps: at least 1, or -1 for all images, got {trainer['max_steps']}")
-        if trainer["accumulate_grad_batches"] < 1:
-            raise ValueError(f"trainer.accumulate_grad_batches: at least 1, got {trainer['accumulate_grad_batches']}")
-        check_precision(trainer["precision"])
+        if self.config["images"] < 1:
+            raise ValueError(f"images: a run has at least 1 training image, got {self.config['images']}")
+        check_trainer(self.config["trainer"])
         check_network(self.config)
 
     def instantiate_classes(self) -> None:
@@ -187,10 +181,13 @@ class TrainingCLI(LightningCLI):
             trainer = super().instantiate_trainer(
                 **{**settings, "callbacks": [*settings["callbacks"]]}
             )  # it adds to it
+            check_launcher(trainer)
             strategy = better_strategy(self.config["trainer"]["strategy"], trainer)
             return unprofiled(super().instantiate_trainer(**settings, strategy=strategy) if strategy else trainer)
         except errors.USER_ERRORS as error:
-            raise ValueError(f"trainer: {error}") from error
+            raise ValueError(
+                f"trainer.{error}" if str(error).startswith("strategy: ") else f"trainer: {error}"
+            ) from error
 
     def _trainer_settings(self) -> dict[str, Any]:
         """What is not left to the user, and the user's lists with ours added."""
@@ -207,6 +204,7 @@ class TrainingCLI(LightningCLI):
         callbacks = given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
         bar = [] if given["enable_progress_bar"] is False else [ProgressBar()]
         plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
+        chosen = any(isinstance(plugin, Precision) for plugin in plugins)
         return {
             "default_root_dir": str(self.run_folder),
             "enable_checkpointing": False,  # ours is a callback of its own
@@ -215,7 +213,7 @@ class TrainingCLI(LightningCLI):
             "max_epochs": -1,
             "max_steps": steps,
             **launched_processes(given),
-            "precision": given["precision"] or best_precision(given["accelerator"]),
+            "precision": given["precision"] or (None if chosen else best_precision(given["accelerator"])),
             "logger": [MetricsFile(self.run_folder, self.start.step), *loggers],
             "callbacks": [*filter(None, callbacks), TrainingLog(), *bar],
             "plugins": [*filter(None, plugins), *cluster_plugins(plugins), AtomicCheckpointIO()],
@@ -240,7 +238,9 @@ class TrainingCLI(LightningCLI):
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
             if self.trainer.is_global_zero and self.trainer.global_step:
-                print(f"interrupted after {self.model.images_seen:,} images; --resume goes on", file=sys.stderr)
+                newest = callback(self.trainer, Checkpoint).newest or self.start.checkpoint
+                goes_on = f"--resume goes on from {newest}" if newest else "nothing had been saved yet"
+                print(f"interrupted after {self.model.images_seen:,} images; {goes_on}", file=sys.stderr)
             raise
         except RuntimeError as error:
             if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
@@ -253,8 +253,9 @@ class TrainingCLI(LightningCLI):
                 self.discard()
 
     def discard(self) -> None:
-        """Remove the run folder, if this process made it."""
-        if self._fresh and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        """Remove the run folder, if this process made it and nothing was saved there."""
+        saved = any(self.run_folder.glob("checkpoints/*.ckpt"))
+        if self._fresh and not saved and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             shutil.rmtree(self.run_folder, ignore_errors=True)
 
 
@@ -267,7 +268,7 @@ def train(args: Sequence[str], default_config: Path) -> None:
     started = time.perf_counter()
     if not config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
-    with _few_words():
+    with few_words():
         with errors.one_line_errors(memory=MEMORY):
             cli = TrainingCLI(args)
         preempted = None
@@ -281,29 +282,8 @@ def train(args: Sequence[str], default_config: Path) -> None:
         if preempted:
             print(f"preempted by {preempted}", file=sys.stderr)
             told["preempted"] = preempted.signal
+        elif (done := cli.trainer.global_step) < cli.trainer.max_steps:  # by trainer.max_time, or a callback
+            print(f"ended after {done:,} of {cli.trainer.max_steps:,} steps; --resume goes on", file=sys.stderr)
         print(json.dumps(told), flush=True)
     if preempted:
         raise SystemExit(PREEMPTED)
-
-
-@contextlib.contextmanager
-def _few_words() -> Iterator[None]:
-    """Without Lightning's advice that does not hold here; other warnings take one line each."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a report is asked for
-    formatwarning = warnings.formatwarning
-    with warnings.catch_warnings():
-        for advice in (
-            ".*args parameter is intended to run from within Python.*",
-            ".*does not have many workers.*",  # a batch is one indexing operation
-            ".*`tensorboardX` has been removed.*",
-            ".*treespec, LeafSpec.*",
-            ".*`srun` command is available.*",  # it is on every login node
-        ):
-            warnings.filterwarnings("ignore", advice)
-        warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
-        try:
-            yield
-        finally:
-            warnings.formatwarning = formatwarning

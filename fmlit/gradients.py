@@ -19,6 +19,7 @@ class GradientGuard:
     def __init__(self) -> None:
         self._losses = torch.tensor(0.0)  # their sum, which once it is not finite never is again
         self._bad_since = torch.tensor(-1)  # images seen when a gradient was not finite
+        self.scaled = False  # gradients are scaled, and never seen by ``admit``: losses alone tell
 
     def to(self, device: torch.device) -> None:
         """Move the notes."""
@@ -56,12 +57,19 @@ class GradientGuard:
         """Wait for the device; all ranks call it.
 
         Raises:
-            FloatingPointError: a gradient was not finite; the weights are those before it.
+            FloatingPointError: a gradient was not finite, and the weights are those before; or a loss, if scaled.
         """
-        if self._bad_since.item() < 0:
+        if self._bad_since.item() < 0 and not self.scaled:
             return
         totals = Ranks.current().gather_objects(self._losses.item())
         ranks = [rank for rank, total in enumerate(totals) if not math.isfinite(total)]
+        if self._bad_since.item() < 0 and not ranks:
+            return
+        if self.scaled:
+            raise FloatingPointError(
+                f"the loss is not finite on rank {', '.join(map(str, ranks))}: use trainer.precision bf16-mixed or "
+                f"32-true, lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
+            )
         where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
         raise FloatingPointError(
             f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 NOTHING = nullcontext()
 COLLECTIVES = timedelta(minutes=10)  # a rank that has not answered by then is lost; Lightning waits for 30
@@ -78,10 +79,22 @@ def best_precision(accelerator: Any) -> str:
     return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
-def check_precision(given: str | None) -> None:
-    """Raise a ValueError for weights in half precision, in which a step of the optimiser is often less than a digit."""
-    if given in ("16-true", "bf16-true"):
-        raise ValueError(f"trainer.precision: {given} would keep the weights in half precision: use bf16-mixed")
+def check_launcher(trainer: pl.Trainer) -> None:
+    """Raise a ValueError for a strategy that trains in copies of this process, which would never hear of the run."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError("strategy ddp_spawn, ddp_fork and ddp_notebook train in copies of this process: use ddp")
+
+
+def check_trainer(given: Mapping[str, Any]) -> None:
+    """Raise a ValueError for settings of a Trainer that no run can have."""
+    if given["max_steps"] < 1 and given["max_steps"] != -1:
+        raise ValueError(f"trainer.max_steps: at least 1, or -1 for all images, got {given['max_steps']}")
+    if given["accumulate_grad_batches"] < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches: at least 1, got {given['accumulate_grad_batches']}")
+    if (given["gradient_clip_val"] or 0) < 0:  # which would turn gradients round
+        raise ValueError(f"trainer.gradient_clip_val: not negative, got {given['gradient_clip_val']}")
+    if given["precision"] in ("16-true", "bf16-true"):  # a step is often less than a weight's last digit
+        raise ValueError(f"trainer.precision: {given['precision']} keeps the weights in half precision: use bf16-mixed")
 
 
 class _NoProfiler(PassThroughProfiler):

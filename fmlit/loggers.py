@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
+
+# Seconds that W&B has for its last upload: fewer where a job may soon be killed, and has to be requeued before.
+PATIENCE, PATIENCE_FAILED = {"success": 120.0}, 30.0
 
 
 class MetricsFile(Logger):
@@ -41,7 +45,8 @@ class MetricsFile(Logger):
         self.run_folder, self.resumed_at = run_folder, resumed_at
         self._columns: list[str] = []
         self._last: dict[str, Any] = {}
-        self._size = 0  # of the file, without its last row
+        self._size = self._end = 0  # of the file, without its last row, and with it
+        self._failing = False
 
     @property
     def path(self) -> Path:
@@ -64,7 +69,19 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write a row, or complete the last one if that is of the same step."""
+        """Write a row, or complete the last one if that is of the same step. On a full disk rows are left out."""
+        try:
+            self._write(metrics, step)
+        except OSError as error:  # whether a full disk ends the run, checkpoints say
+            if not self._failing:
+                log.warning("%s: rows are left out (%s)", self.path, error.strerror or error)
+            self._failing = True
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self._end)  # the half of a row
+        else:
+            self._failing = False
+
+    def _write(self, metrics: Mapping[str, float], step: int | None) -> None:
         if not self._columns:
             self._rewrite(self._kept_rows())
         same = step is not None and self._last.get("step") == step
@@ -73,11 +90,12 @@ class MetricsFile(Logger):
             self._rewrite([*self._read()[: -1 if same else None], self._last])
             return
         if not same:
-            self._size = self.path.stat().st_size
+            self._size = self._end
         with self.path.open("r+", newline="") as file:
             file.truncate(self._size)
             file.seek(self._size)
             file.write(self._lines([self._last]))
+        self._end = self.path.stat().st_size  # not where a row was half written
 
     def _kept_rows(self) -> list[dict[str, str]]:
         """The rows of an interrupted run up to where it is resumed; a half-written one is none of them."""
@@ -92,13 +110,19 @@ class MetricsFile(Logger):
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         """Replace the file by one with the columns of these rows, at once."""
+        before = self._columns
         self._columns = list(dict.fromkeys(["step", "images_seen", *(column for row in rows for column in row)]))
         header = io.StringIO(newline="")
         csv.DictWriter(header, self._columns).writeheader()
         head = (header.getvalue() + self._lines(rows[:-1])).encode()
-        with replacing(self.path) as file:
-            file.write(head + self._lines(rows[-1:]).encode())
-        self._size = len(head)
+        last = self._lines(rows[-1:]).encode()
+        try:
+            with replacing(self.path) as file:
+                file.write(head + last)
+        except OSError:
+            self._columns = before  # those of the file that is still there
+            raise
+        self._size, self._end = len(head), len(head) + len(last)
 
     def _lines(self, rows: list[dict[str, Any]]) -> str:
         lines = io.StringIO(newline="")
@@ -212,11 +236,12 @@ class WandbLogger(LightningWandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        def finish() -> None:
-            if self._experiment is not None:
-                self._experiment.finish(exit_code=0 if status == "success" else 1)
+        """Upload what is left, and end the W&B run; without it, where its server does not answer."""
+        seconds = PATIENCE.get(status, PATIENCE_FAILED)
 
-        self._guard(finish)
+        if (run := self._experiment) is not None:
+            upload = f"wandb sync {self._save_dir or '.'}/wandb/run-* uploads what it has not got"
+            self._guard(lambda: _within(seconds, lambda: run.finish(exit_code=int(status != "success")), upload))
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Do it, unless W&B has failed before."""
@@ -232,3 +257,27 @@ class WandbLogger(LightningWandbLogger):
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _within(seconds: float, action: Callable[[], None], otherwise: str) -> None:
+    """Do it in a thread, which is left alone if it takes longer.
+
+    Raises:
+        TimeoutError: it did.
+        Exception: its own.
+    """
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            action()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"its server has not answered for {seconds:g} s; {otherwise}")
+    if raised:
+        raise raised[0]

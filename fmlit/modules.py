@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,7 +22,7 @@ from fmlit.descriptions import describe
 from fmlit.generative import GenerativeModel
 from fmlit.gradients import GradientGuard
 from fmlit.objectives import flow_matching_loss, score_matching_loss
-from fmlit.optimizers import MuonAdamW, lay_out
+from fmlit.optimizers import MuonAdamW, lay_out, reconfigure
 from fmlit.paths import CondOTPath, GaussianPath, VPPath
 from fmlit.predictions import Noise, Prediction, Score, Velocity
 from fmlit.schedules import Decay, RateSchedule
@@ -131,6 +132,7 @@ class GenerativeModule(pl.LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self.guard.to(self.device)
+        self.guard.scaled = self._scaled
         for optimizer in self.trainer.optimizers:
             lay_out(optimizer)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -159,10 +161,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         return outputs
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """An early end, as at ``trainer.max_time``, waits for the step of which the gradient is being summed.
-
-        The images before it would count as seen, and a resumed run would not see them again.
-        """
+        """An early end waits for the step whose gradient is being summed, or its images would be seen for nothing."""
         if self.trainer.fit_loop._should_accumulate():
             self._ending |= self.trainer.should_stop
             self.trainer.should_stop = False
@@ -261,6 +260,10 @@ class GenerativeModule(pl.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["images_seen"]
+        # The time that has passed: trainer.max_time is that of a launch, or no run that it ended would ever go on.
+        checkpoint.get("callbacks", {}).pop(Timer.__name__, None)
+        rate = self.schedule.factor(self.images_seen)
+        reconfigure(checkpoint, self.learning_rate, rate, betas=self.betas, weight_decay=self.weight_decay)
         # What was saved of a network wrapped by torch.compile.
         for state in (checkpoint["state_dict"], *checkpoint.get("ema", {}).values()):
             for name in [name for name in state if "_orig_mod." in name]:

@@ -171,3 +171,20 @@ def lay_out(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def reconfigure(checkpoint: dict[str, Any], learning_rate: float, factor: float, **settings: Any) -> None:
+    """Put the settings of now in place of those with which a Lightning checkpoint was saved.
+
+    Args:
+        checkpoint: its optimisers' and schedulers' states are changed in place.
+        learning_rate: of the whole run.
+        factor: the share of it that is due at this point.
+        settings: others, for those groups of parameters that have them.
+    """
+    for state in checkpoint.get("optimizer_states", []):
+        for group in state["param_groups"]:
+            group.update({name: value for name, value in settings.items() if name in group})
+            group.update(lr=learning_rate * factor, initial_lr=learning_rate)
+    for state in checkpoint.get("lr_schedulers", []):
+        state["base_lrs"] = [learning_rate] * len(state["base_lrs"])

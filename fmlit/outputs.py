@@ -30,7 +30,8 @@ def new_folder(path: Path, ranks: Ranks = Ranks()) -> Iterator[Path]:
         ValueError: there is something of that name already, other than an empty folder.
         OSError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    whole = path.resolve()  # "." has no name
+    partial = whole.with_name(f".{whole.name}.partial") if whole.name else whole
 
     def begin() -> None:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -1,7 +1,10 @@
-"""What a run says of itself: one line when it starts, and one of JSON when it ends."""
+"""What a run says of itself: one line when it starts, one of JSON when it ends, and little else."""
 
+import contextlib
+import logging
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -68,3 +71,26 @@ def summary(
     }
     # JSON has no NaN.
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
+
+
+@contextlib.contextmanager
+def few_words() -> Iterator[None]:
+    """Without Lightning's advice that does not hold here; other warnings take one line each."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # a report is asked for
+    formatwarning = warnings.formatwarning
+    with warnings.catch_warnings():
+        for advice in (
+            ".*args parameter is intended to run from within Python.*",
+            ".*does not have many workers.*",  # a batch is one indexing operation
+            ".*`tensorboardX` has been removed.*",
+            ".*treespec, LeafSpec.*",
+            ".*`srun` command is available.*",  # it is on every login node
+        ):
+            warnings.filterwarnings("ignore", advice)
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+        try:
+            yield
+        finally:
+            warnings.formatwarning = formatwarning

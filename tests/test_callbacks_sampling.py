@@ -126,6 +126,18 @@ def test_a_resumed_run_knows_the_best_value_so_far(tmp_path, monkeypatch):
     assert load(tmp_path / "checkpoints" / "best.ckpt")["images_seen"] == 60
 
 
+def test_the_best_value_is_known_though_the_checkpoint_is_from_before_its_score(tmp_path, monkeypatch):
+    scripted(monkeypatch, [5.0, 3.0])
+    fit(digits_module(), tmp_path, 2, Checkpoint(12), curve(tmp_path))
+    scripted(monkeypatch, [4.0])
+    resumed = curve(tmp_path)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert [v["best"] for k, v in load(last)["callbacks"].items() if k == resumed.state_key] == [5.0]
+    fit(digits_module(), tmp_path, 3, Checkpoint(12), resumed, resume=last)
+    assert resumed.best == 3.0
+    assert load(tmp_path / "checkpoints" / "best.ckpt")["images_seen"] == 24
+
+
 @pytest.mark.parametrize("sampler", [SDESampler(steps=2), ChurnSampler(2)])
 def test_a_score_that_the_coupling_spoils_is_refused_before_training(sampler, tmp_path):
     module = digits_module(coupling=OptimalTransportCoupling(4))

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+from datetime import datetime
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -223,24 +224,32 @@ def test_a_recipe_names_them_and_a_resumed_run_keeps_to_them(tmp_path):
     assert names(folder)[:3] == ["000000240.ckpt", "000000320.ckpt", "last.ckpt"]
 
 
+class Unsavable(pl.Callback):
+    """Has a state that no checkpoint may hold, from the second step on."""
+
+    def on_train_batch_end(self, trainer, *_):
+        self.state_dict = lambda: {"begun": datetime.now()} if trainer.global_step > 2 else {}
+
+
 def worker(rank, port, folder, on_error):
-    """One of two processes that torchrun starts; the disk of rank 0 is full from 48 images on."""
+    """One of two processes that torchrun starts; the disk of rank 0 is full from 48 images on, or a state is wrong."""
     torch.set_num_threads(1)
     local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({key: str(value) for key, value in {**local, **meeting}.items()})
     module, outcome = digits_module(), "trained"
-    disk = FullDisk(pytest.MonkeyPatch(), 48 if rank == 0 else -1)
-    callback = Checkpoint(None, on_error=on_error, milestones=[24, 48])
+    unsavable = on_error == "unsavable"
+    fault = Unsavable() if unsavable else FullDisk(pytest.MonkeyPatch(), 48 if rank == 0 else -1).at
+    callback = Checkpoint(None, on_error="continue" if unsavable else on_error, milestones=[24, 48])
     try:
-        fit(module, folder, 6, disk.at, callback, devices=2, strategy="ddp")
+        fit(module, folder, 6, fault, callback, devices=2, strategy="ddp")
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"
     (folder / f"outcome-{rank}").write_text(f"{module.images_seen} {callback.newest} {outcome}")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("on_error", ["abort", "continue"])
+@pytest.mark.parametrize("on_error", ["abort", "continue", "unsavable"])
 def test_ranks_save_them_together_and_fail_together(on_error, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -253,6 +262,9 @@ def test_ranks_save_them_together_and_fail_together(on_error, tmp_path):
         assert newest == str(tmp_path / "checkpoints" / "milestone-000000024.ckpt")
         if on_error == "continue":
             assert (seen, outcome) == ("72", "trained")
-        else:
+        elif on_error == "abort":
             assert seen == "48"
             assert outcome.startswith("OSError: cannot write checkpoint milestone-000000048.ckpt")
+        else:
+            assert seen == "48"
+            assert "the checkpoint would hold datetime.datetime, which could not be loaded again" in outcome

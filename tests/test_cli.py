@@ -15,7 +15,9 @@ import yaml
 from tiny_cli import CONFIGS, metrics_of, recipe, runs_in, train
 
 from fmlit import cli, parsing
+from fmlit.checkpoints import load
 from fmlit.launch import best_precision, unprofiled
+from fmlit.samplers import ODESampler
 
 SCRIPT = CONFIGS.parent / "scripts" / "train.py"
 
@@ -211,6 +213,38 @@ def test_a_run_that_is_resumed_with_another_batch_ends_at_the_same_number_of_ima
     outcome = train(tmp_path, "--resume", "--images=400", "--data.batch_size=24")
     assert "400 images in 20 steps of 24; resumed after 10 steps, " in outcome.out.splitlines()[0]
     assert (outcome.summary["images_seen"], outcome.summary["steps"]) == (400, 20)
+
+
+@pytest.mark.parametrize("muon", ["false", "true"])
+def test_a_run_that_is_resumed_takes_the_optimisers_settings_of_now(muon: str, tmp_path: Path) -> None:
+    options = (f"--model.muon={muon}", "--model.net.width=32", "--model.decay=linear", "--trainer.log_every_n_steps=1")
+    train(tmp_path, *options, "--images=160", "--model.learning_rate=1e-3")
+    changed = ("--model.learning_rate=1e-6", "--model.weight_decay=0.5", "--model.betas=[0.5,0.6]")
+    outcome = train(tmp_path, *options, "--resume", "--images=320", *changed)
+    rates = [float(row["learning_rate"]) for row in metrics_of(tmp_path / "runs" / "tiny")[-10:]]
+    assert rates == pytest.approx([1e-6 * (1 - done / 20) for done in range(11, 21)])
+    (state,) = load(outcome.summary["checkpoint"])["optimizer_states"]
+    assert {group["weight_decay"] for group in state["param_groups"]} == {0.5}
+    assert {tuple(group["betas"]) for group in state["param_groups"] if "betas" in group} == {(0.5, 0.6)}
+
+
+def test_max_time_is_that_of_a_launch(tmp_path: Path) -> None:
+    """A job that may take so long is started again and again until its run is done."""
+    options = ("--images=100_000_000", "--trainer.max_time=00:00:00:01")
+    first = train(tmp_path, *options)
+    assert f"ended after {first.summary['steps']:,} of 6,250,000 steps; --resume goes on" in first.err
+    again = train(tmp_path, *options, "--resume")
+    assert again.summary["steps"] > first.summary["steps"]
+
+
+def test_what_is_learnt_is_saved_before_it_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no samples today")
+
+    monkeypatch.setattr(ODESampler, "sample", fail)
+    outcome = train(tmp_path, "--images=160", "--samples.every=80", "--checkpoint.every=80")
+    assert outcome.error.startswith("no samples today")
+    assert load(tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt")["images_seen"] == 80
 
 
 def test_a_requeued_job_comes_back_to_its_folder_even_before_a_checkpoint(

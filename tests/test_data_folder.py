@@ -48,6 +48,17 @@ def test_folders_are_classes_and_everything_else_is_left_out(two_classes):
     assert images[1].float().mean(dim=(1, 2)).tolist() == pytest.approx([200, 30, 90], abs=2)
 
 
+def test_a_link_to_a_folder_above_is_not_walked_through(two_classes, tmp_path):
+    before = find_pictures(two_classes)
+    (two_classes / "cats" / "loop").symlink_to(".")
+    (two_classes / "dogs" / "top").symlink_to(two_classes)
+    assert find_pictures(two_classes) == before
+    (tmp_path / "more").mkdir()
+    save(tmp_path / "more" / "m.png")
+    (two_classes / "dogs" / "more").symlink_to(tmp_path / "more")
+    assert find_pictures(two_classes) == sorted([*before, "dogs/more/m.png"])
+
+
 def test_pictures_without_classes(two_classes, tmp_path):
     flat = ImageFolder(str(two_classes), size=4, classes=False)
     assert (flat.num_classes, flat.class_names) == (None, None)

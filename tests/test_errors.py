@@ -29,9 +29,19 @@ class Swapped(nn.Module):
     def __init__(self, num_classes, shape):
         super().__init__()
 
+class Forgetful(nn.Module):
+    def __init__(self, shape, num_classes, width=3):
+        super().__init__()
+        self.shape, self.num_classes = shape, num_classes
+        self.linear = nn.Linear(1, 1)
+
+    def forward(self, x, t, labels):
+        raise RuntimeError("trained")
+
 class TwoArguments(nn.Module):
     def __init__(self, shape, num_classes):
         super().__init__()
+        self.shape, self.num_classes = shape, num_classes
         self.linear = nn.Linear(1, 1)
 
     def forward(self, x, t):
@@ -104,7 +114,10 @@ def test_unknown_keys_of_a_recipe_are_named_as_on_the_command_line(
         ("--samples.sampler.method=eulr", "samples.sampler.method", "Expected one of ['euler', "),
         ("--model.decay=fast", "model.decay", "Expected one of ['constant', 'linear', 'cosine']. Got value: fast"),
         ("--trainer.precision=17", "trainer.precision", "Got value: 17"),
-        ("--trainer.precision=bf16-true", "trainer.precision", "keep the weights in half precision: use bf16-mixed"),
+        ("--trainer.precision=bf16-true", "trainer.precision", "the weights in half precision: use bf16-mixed"),
+        ("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val", "not negative, got -1"),
+        ("--trainer.strategy=ddp_spawn", "trainer", "train in copies of this process: use ddp"),
+        ("--quality.metrics=[]", "quality", "no metrics: choose from fid, "),
         ("--seed_everything=true", "seed_everything", "Expected an int"),
         ("--model=null", "model", "required, and not given"),
         ("--model.net=null", "model.net", "required, and not given"),
@@ -206,6 +219,18 @@ def test_networks_that_would_not_get_shape_and_classes_are_refused(tmp_path: Pat
 def test_a_mistake_in_the_users_own_network_keeps_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="positional arguments"):
         train(tmp_path, "--model.net=foreign_networks.TwoArguments")
+    assert not runs_in(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["samples", "quality"])
+def test_seeds_of_samples_are_looked_at_before_training(tmp_path: Path, key: str) -> None:
+    assert train(tmp_path, f"--{key}.seed=-1").error == f"{key}.seed must lie in [0, 2^31), got -1"
+
+
+@pytest.mark.usefixtures("networks")
+def test_a_network_that_no_checkpoint_could_describe_is_refused_before_training(tmp_path: Path) -> None:
+    error = train(tmp_path, "--model.net=foreign_networks.Forgetful").error
+    assert error.startswith("Forgetful cannot be written into a checkpoint: keep its constructor argument 'width'")
     assert not runs_in(tmp_path)
 
 

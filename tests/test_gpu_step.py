@@ -78,7 +78,13 @@ def trainer() -> SimpleNamespace:
     loop = SimpleNamespace(_should_accumulate=lambda: False)
     numbers = {"world_size": 1, "global_rank": 0, "global_step": 0, "accumulate_grad_batches": 1}
     return SimpleNamespace(
-        **numbers, log_every_n_steps=50, callbacks=[], optimizers=[], fit_loop=loop, datamodule=Digits()
+        **numbers,
+        log_every_n_steps=50,
+        callbacks=[],
+        optimizers=[],
+        lr_scheduler_configs=[],
+        fit_loop=loop,
+        datamodule=Digits(),
     )
 
 

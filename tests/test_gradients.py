@@ -62,3 +62,13 @@ def test_a_fused_optimiser_skips_the_step_where_something_was_not_finite(net):
     net.weight.grad[0, 0] = 0
     optimizer.step()
     assert not torch.equal(net.weight, before[0]["weight"])
+
+
+def test_with_scaled_gradients_a_loss_that_is_not_finite_ends_the_run():
+    guard = GradientGuard()
+    guard.scaled = True
+    guard.note(torch.ones(4))
+    guard.check()
+    guard.note(torch.tensor([1.0, torch.nan]))
+    with pytest.raises(FloatingPointError, match=r"the loss is not finite on rank 0: use trainer\.precision"):
+        guard.check()

@@ -3,10 +3,15 @@
 import contextlib
 import json
 import logging
+import multiprocessing
 import os
+import resource
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +49,49 @@ def test_what_is_logged_at_one_step_is_one_row_whatever_the_order_of_columns(tmp
         ["3", "30", "3.0", "8.5", ""],
         ["4", "", "", "", "4.0"],
     ]
+
+
+def test_on_a_full_disk_rows_are_left_out_and_those_that_are_there_stay_whole(tmp_path: Path) -> None:
+    """A file may grow to so many bytes, as on a full disk, then further; in a process of its own, which can end."""
+    row = {"images_seen": 10, "loss": 0.5}
+    whole = len(b"step,images_seen,loss\n") + 1 + len("1,10,0.5\n")
+
+    def run() -> None:
+        metrics = MetricsFile(tmp_path)
+        metrics.log_metrics(row, step=1)
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 3, hard))
+        for step in (2, 3):
+            metrics.log_metrics(row, step)
+            assert [row["step"] for row in metrics_of(tmp_path)] == ["1"]
+            assert (tmp_path / "metrics.csv").read_bytes().endswith(b"0.5\n")
+        metrics.log_metrics({"fid_5k": 1.0}, step=4)  # a new column
+        assert metrics._failing
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        metrics.log_metrics(row, step=5)
+        metrics.log_metrics({"fid_5k": 1.0}, step=6)
+        assert [row["step"] for row in metrics_of(tmp_path)] == ["1", "5", "6"]
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_a_wandb_that_does_not_answer_at_the_end_is_not_waited_for_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = threading.Event()
+    logger = WandbLogger(offline=True)
+    logger.attach(tmp_path)
+    logger._experiment = SimpleNamespace(finish=lambda exit_code: released.wait(60))  # type: ignore[assignment]
+    monkeypatch.setattr("fmlit.loggers.PATIENCE", {"success": 0.2})
+    started = time.monotonic()
+    logger.finalize("success")
+    assert time.monotonic() - started < 30
+    assert "not answered for 0.2 s; wandb sync" in caplog.text
+    released.set()
 
 
 def test_a_resumed_file_goes_on_without_what_came_after_the_checkpoint(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 
 from fmlit.callbacks.intervals import EveryImages
+from fmlit.data.base import DataModule
+from fmlit.descriptions import describe
 from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
 
@@ -90,8 +92,14 @@ class Checkpoint(EveryImages):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, GenerativeModule)
+        describe(pl_module.model)  # fails now, rather than at the first save, if there is something that it cannot
+        if isinstance(data := trainer.datamodule, DataModule):  # type: ignore[attr-defined]
+            describe(data)
         if trainer.is_global_zero:  # resumed from a checkpoint that a kill left without the link
-            for name in (_name(pl_module.images_seen), _milestone(pl_module.images_seen)):
+            names = [_name(pl_module.images_seen), _milestone(pl_module.images_seen)]
+            if trainer.ckpt_path and Path(trainer.ckpt_path).parent.resolve() == _folder(trainer).resolve():
+                names.append(Path(trainer.ckpt_path).resolve().name)
+            for name in names:
                 if (current := _folder(trainer) / name).exists():
                     _point(current.with_name("last.ckpt"), current)
                     break
@@ -133,13 +141,16 @@ class Checkpoint(EveryImages):
 
 def save(trainer: pl.Trainer, path: Path) -> str:
     """Save a checkpoint; all ranks call it. Returns why that failed, on every rank, or nothing."""
-    problem = ""
+    failure: Exception | None = None
     try:
         trainer.save_checkpoint(path)
-    except OSError as error:  # on rank 0, which writes
-        problem = str(error)
+    except Exception as error:  # on rank 0, which writes, or on all
+        failure = error
         trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait for it
-    return Ranks.current().from_first(lambda: problem)
+    problem = Ranks.current().from_first(lambda: str(failure or ""))
+    if failure is not None and not isinstance(failure, OSError):
+        raise failure  # of what is to be saved, not of the disk; the other ranks hear of it when they are done
+    return problem
 
 
 def _folder(trainer: pl.Trainer) -> Path:

@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 
 from fmlit.callbacks.checkpoint import save
 from fmlit.callbacks.intervals import EveryImages, averages_of, check_sampler, log_metrics, sampled_model
+from fmlit.checkpoints import load
 from fmlit.data.datasets import warn_of_uneven_classes
 from fmlit.generation import generate
 from fmlit.metrics import Features, ImageQuality, PixelFeatures, Reference, reference_statistics
-from fmlit.metrics.quality import Metric, quantised
+from fmlit.metrics.quality import Metric, check_metrics, quantised
 from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
+from fmlit.randomness import image_seeds
 from fmlit.samplers import ODESampler, Sampler
 
 
@@ -56,6 +58,8 @@ class QualityCurve(EveryImages):
             raise ValueError(
                 f"quality.n must be at least 2 and quality.batch_size at least 1, got {n} and {batch_size}"
             )
+        check_metrics(metrics, n)
+        image_seeds(seed, [])  # fails now, rather than at the first score, where the seed is none
         self.n, self.features, self.metrics, self.sampler = n, features, tuple(metrics), sampler
         self.split, self.batch_size, self.seed, self.cache = split, batch_size, seed, cache
         self.latest: dict[str, float] = {}
@@ -75,6 +79,7 @@ class QualityCurve(EveryImages):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.every is None:
             return
+        self._recall_best(Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt", trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, GenerativeModule)
         if pl_module.model.num_classes is not None:
@@ -103,11 +108,30 @@ class QualityCurve(EveryImages):
             weights = "ema" if averages_of(trainer) else "raw"
             print(f"{next(iter(self.latest))} is {quality.protocol(weights, self.sampler.name)}; {cost}", flush=True)
         name, first = next(iter(self.latest.items()))
-        higher_is_better = name.startswith(("precision", "recall"))
-        if self.best is None or (first > self.best if higher_is_better else first < self.best):
+        if self._is_better(first, name):
             self.best = first
             if problem := save(trainer, Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"):
                 raise OSError(problem)
+
+    def _is_better(self, value: float, name: str) -> bool:
+        if self.best is None:
+            return True
+        return value > self.best if name.startswith(("precision", "recall")) else value < self.best
+
+    def _recall_best(self, path: Path, trainer: pl.Trainer) -> None:
+        """The score of best.ckpt, where a run goes on: the last checkpoint is from before the scores of its step."""
+
+        def read() -> float | None:
+            if not trainer.ckpt_path or not path.exists():
+                return None
+            try:
+                return load(path)["callbacks"][self.state_key]["best"]
+            except (KeyError, OSError, TypeError, ValueError):  # damaged, or another program's
+                return None
+
+        best = Ranks.current().from_first(read)
+        if best is not None and self._is_better(best, min(self.metrics, key=get_args(Metric).index)):
+            self.best = best
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

@@ -1,5 +1,6 @@
 """Pictures of samples while training."""
 
+import logging
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -7,12 +8,16 @@ import torch
 from torch import Tensor
 
 from fmlit.callbacks.intervals import EveryImages, check_sampler, sampled_model
+from fmlit.files import replacing
 from fmlit.generation import generate
 from fmlit.generative import GenerativeModel
 from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
 from fmlit.pictures import draw_samples
+from fmlit.randomness import image_seeds
 from fmlit.samplers import ODESampler, Sampler
+
+log = logging.getLogger(__name__)
 
 MOST_ROWS = 16
 POINTS = 4096
@@ -38,6 +43,7 @@ class SampleGrid(EveryImages):
         super().__init__(every)
         if columns < 1:
             raise ValueError(f"columns must be at least 1, got {columns}")
+        image_seeds(seed, [])  # fails now, rather than at the first picture, where the seed is none
         self.sampler, self.columns, self.seed = sampler, columns, seed
         self.newest: Path | None = None
 
@@ -57,10 +63,14 @@ class SampleGrid(EveryImages):
         if not trainer.is_global_zero:
             return
         picture = draw_samples(samples, self.columns)
-        folder = Path(trainer.default_root_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.newest = folder / f"{module.images_seen:09d}.png"
-        picture.save(self.newest)
+        path = Path(trainer.default_root_dir) / "samples" / f"{module.images_seen:09d}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                picture.save(file, "PNG")
+            self.newest = path
+        except OSError as error:  # whether a full disk ends the run, checkpoints say
+            log.warning("no picture %s (%s)", path, error.strerror or error)
         for logger in trainer.loggers:
             if hasattr(logger, "log_picture"):
                 logger.log_picture("samples", picture, module.images_seen, trainer.global_step)

@@ -121,6 +121,9 @@ class ProgressBar(RichProgressBar):
         if not self._screen:
             self.disable()  # a bar in a file is noise; lines take its place
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"  # there are no epochs
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, GenerativeModule)
         latest = next((c.latest for c in trainer.callbacks if isinstance(c, TrainingLog)), {})  # type: ignore[attr-defined]

@@ -147,7 +147,7 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (AssertionError, RuntimeError) as error:  # no such device, or a torch without support for it
         raise ValueError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from error
     return torch.device(device)

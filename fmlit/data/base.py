@@ -98,7 +98,7 @@ class DataModule(LightningDataModule, ABC):
             collate_fn=as_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_outlive_sigterm,
+            worker_init_fn=_outlive_preemption,
             pin_memory=device.type == "cuda" and self._resident is None,
             generator=torch.Generator().manual_seed(self.seed),  # else each start takes a draw from the global one
         )
@@ -142,9 +142,10 @@ class DataModule(LightningDataModule, ABC):
         return Share(self.batch_size // parts, trainer.global_rank, world_size)
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """A preempted job gets the signal in all its processes, and training needs its workers until it has saved.
+def _outlive_preemption(worker: int) -> None:
+    """A preempted job gets its signal in all its processes, and training needs the workers until it has saved.
 
     They end with the process that started them.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

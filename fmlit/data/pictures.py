@@ -33,7 +33,12 @@ def find_pictures(folder: str | Path) -> list[str]:
         raise ValueError(f"there is no folder {folder}: give the folder that holds the pictures")
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        here = os.path.realpath(parent)  # a link to a folder above would be walked through again and again
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not f"{here}/".startswith(f"{os.path.realpath(Path(parent, name))}/")
+        ]
         pictures = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
         found += [Path(parent, name).relative_to(folder).as_posix() for name in pictures]
     if not found:

@@ -9,6 +9,8 @@ from fmlit.metrics.frechet import in_float64
 
 NOISE = 1e-12  # squared distances below this share of the squared norms are rounding errors of float32 features
 
+NEAREST = 3  # neighbours that make a point's ball (Kynkäänniemi et al. 2019)
+
 
 class PrecisionRecall(NamedTuple):
     """precision: share of generated images on the real manifold; recall: share of real ones on the generated one."""
@@ -52,7 +54,7 @@ def _centred(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def precision_recall(generated: Tensor, real: Tensor, k: int = 3, chunk: int = 1000) -> PrecisionRecall:
+def precision_recall(generated: Tensor, real: Tensor, k: int = NEAREST, chunk: int = 1000) -> PrecisionRecall:
     """Improved precision and recall of (n, d) and (m, d) features (Kynkäänniemi et al. 2019).
 
     An image is on a manifold if it lies within the distance of some member to that member's k-th nearest other member.

@@ -11,7 +11,7 @@ from fmlit.metrics.cost import Cost, Meter
 from fmlit.metrics.features import Features
 from fmlit.metrics.frechet import GaussianStatistics, frechet_distance
 from fmlit.metrics.kernel import kernel_distance
-from fmlit.metrics.neighbours import precision_recall
+from fmlit.metrics.neighbours import NEAREST, precision_recall
 from fmlit.metrics.protocol import Protocol, metric_key
 from fmlit.metrics.ranks import Ranks
 from fmlit.metrics.reference import Reference
@@ -67,7 +67,7 @@ class ImageQuality:
         self.reference = reference
         self.metrics = tuple(metrics)
         self.references = (reference,) if isinstance(reference, Reference) else tuple(reference)
-        _check_metrics(self.metrics)
+        check_metrics(self.metrics)
         _check_references(self.references, features)
         self.statistics = GaussianStatistics()
         wanted = max(len(r.features) for r in self.references) if set(self.metrics) - {"fid"} else 0
@@ -196,7 +196,8 @@ class ImageQuality:
         return Protocol(identity.features, self.count, identity.split, preprocessing, identity.flip, weights, sampler)
 
 
-def _check_metrics(metrics: tuple[str, ...]) -> None:
+def check_metrics(metrics: Sequence[str], n: int | None = None) -> None:
+    """Raise a ValueError for metrics that there are not, or that ``n`` images are too few for."""
     for metric in metrics:
         if metric.lower() in INCEPTION_SCORE:
             raise ValueError(
@@ -207,6 +208,8 @@ def _check_metrics(metrics: tuple[str, ...]) -> None:
             raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(get_args(Metric))}")
     if not metrics:
         raise ValueError(f"no metrics: choose from {', '.join(get_args(Metric))}")
+    if n is not None and n <= NEAREST and {"precision", "recall"} & set(metrics):
+        raise ValueError(f"precision and recall need more than {NEAREST} samples, got n = {n}")
 
 
 def _check_references(references: tuple[Reference, ...], features: Features) -> None:
