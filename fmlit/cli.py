@@ -185,9 +185,7 @@ class TrainingCLI(LightningCLI):
             strategy = better_strategy(self.config["trainer"]["strategy"], trainer)
             return unprofiled(super().instantiate_trainer(**settings, strategy=strategy) if strategy else trainer)
         except errors.USER_ERRORS as error:
-            raise ValueError(
-                f"trainer.{error}" if str(error).startswith("strategy: ") else f"trainer: {error}"
-            ) from error
+            raise ValueError(f"trainer: {error}") from error
 
     def _trainer_settings(self) -> dict[str, Any]:
         """What is not left to the user, and the user's lists with ours added."""

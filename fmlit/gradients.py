@@ -20,6 +20,7 @@ class GradientGuard:
         self._losses = torch.tensor(0.0)  # their sum, which once it is not finite never is again
         self._bad_since = torch.tensor(-1)  # images seen when a gradient was not finite
         self.scaled = False  # gradients are scaled, and never seen by ``admit``: losses alone tell
+        self._noted, self._bad_checks = 0, 0  # since the last check; checks in a row that saw a loss not finite
 
     def to(self, device: torch.device) -> None:
         """Move the notes."""
@@ -28,6 +29,7 @@ class GradientGuard:
     def note(self, losses: Tensor) -> None:
         """Take note of this rank's losses (B,)."""
         self._losses += losses.sum()
+        self._noted += 1
 
     def admit(self, optimizer: Optimizer, images_seen: int, clip_val: float | None, algorithm: str | None) -> None:
         """Clip the gradients by their norm (or, with algorithm "value", each value), and stop what is not finite.
@@ -59,22 +61,31 @@ class GradientGuard:
         Raises:
             FloatingPointError: a gradient was not finite, and the weights are those before; or a loss, if scaled.
         """
-        if self._bad_since.item() < 0 and not self.scaled:
+        if self.scaled:
+            self._check_losses()
+        if self._bad_since.item() < 0:
             return
         totals = Ranks.current().gather_objects(self._losses.item())
         ranks = [rank for rank, total in enumerate(totals) if not math.isfinite(total)]
-        if self._bad_since.item() < 0 and not ranks:
-            return
-        if self.scaled:
-            raise FloatingPointError(
-                f"the loss is not finite on rank {', '.join(map(str, ranks))}: use trainer.precision bf16-mixed or "
-                f"32-true, lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
-            )
         where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
         raise FloatingPointError(
             f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "
             f"as before it: lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
         )
+
+    def _check_losses(self) -> None:
+        """Twice in a row, since a scaler may yet find its scale where one loss overflows."""
+        if not self._noted:
+            return
+        totals = Ranks.current().gather_objects(self._losses.item())
+        ranks = [rank for rank, total in enumerate(totals) if not math.isfinite(total)]
+        self._noted, self._bad_checks = 0, self._bad_checks + 1 if ranks else 0
+        self._losses.zero_()
+        if self._bad_checks > 1:
+            raise FloatingPointError(
+                f"the loss is not finite on rank {', '.join(map(str, ranks))}: use trainer.precision bf16-mixed or "
+                f"32-true, lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
+            )
 
 
 def _all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:

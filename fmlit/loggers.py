@@ -75,9 +75,10 @@ class MetricsFile(Logger):
         except OSError as error:  # whether a full disk ends the run, checkpoints say
             if not self._failing:
                 log.warning("%s: rows are left out (%s)", self.path, error.strerror or error)
-            self._failing = True
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, self._end)  # the half of a row
+            self._failing, self._last = True, {}
+            if self._columns:  # until then the file is that of the launch before
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, self._end)  # the half of a row
         else:
             self._failing = False
 
@@ -91,11 +92,12 @@ class MetricsFile(Logger):
             return
         if not same:
             self._size = self._end
+        self._end = self._size  # if this fails
         with self.path.open("r+", newline="") as file:
             file.truncate(self._size)
             file.seek(self._size)
             file.write(self._lines([self._last]))
-        self._end = self.path.stat().st_size  # not where a row was half written
+        self._end = self.path.stat().st_size
 
     def _kept_rows(self) -> list[dict[str, str]]:
         """The rows of an interrupted run up to where it is resumed; a half-written one is none of them."""
@@ -251,7 +253,7 @@ class WandbLogger(LightningWandbLogger):
             except Exception as error:  # W&B's service can die at any time, and training must not die with it
                 self._failed = True
                 log.warning("W&B: no longer recording this run (%s); metrics.csv goes on", _first_line(error))
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(Exception, SystemExit):
                     sys.modules["wandb"].teardown()
 
 

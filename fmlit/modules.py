@@ -108,6 +108,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.seed = seed
         self.images_seen = 0
+        self._ending = False
         self.guard = GradientGuard()
 
     @abstractmethod
@@ -260,10 +261,10 @@ class GenerativeModule(pl.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["images_seen"]
-        # The time that has passed: trainer.max_time is that of a launch, or no run that it ended would ever go on.
-        checkpoint.get("callbacks", {}).pop(Timer.__name__, None)
-        rate = self.schedule.factor(self.images_seen)
-        reconfigure(checkpoint, self.learning_rate, rate, betas=self.betas, weight_decay=self.weight_decay)
+        checkpoint.get("callbacks", {}).pop(Timer.__name__, None)  # trainer.max_time is that of each launch
+        if type(self).configure_optimizers is GenerativeModule.configure_optimizers:  # not a user's own
+            rates = self.learning_rate, self.schedule.factor(self.images_seen)
+            reconfigure(checkpoint, *rates, betas=self.betas, weight_decay=self.weight_decay)
         # What was saved of a network wrapped by torch.compile.
         for state in (checkpoint["state_dict"], *checkpoint.get("ema", {}).values()):
             for name in [name for name in state if "_orig_mod." in name]:

@@ -40,7 +40,7 @@ def new_folder(path: Path, ranks: Ranks = Ranks()) -> Iterator[Path]:
         partial.mkdir(parents=True)
 
     def end() -> None:
-        partial.replace(path)
+        partial.replace(whole)
 
     ranks.from_first(begin)
     try:

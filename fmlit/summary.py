@@ -31,7 +31,7 @@ def headline(trainer: pl.Trainer, module: GenerativeModule, data: DataModule, st
     return (
         f"{trainer.default_root_dir}: {type(module).__name__}, {type(model.path).__name__}, "
         f"{type(model.net).__name__} of {parameters:,} parameters on {type(data).__name__}; "
-        f"{start.images + (steps - start.step) * batch:,} images in {steps:,} steps of {batch}"
+        f"{start.images + max(0, steps - start.step) * batch:,} images in {steps:,} steps of {batch}"
         + (f"; starts from the weights in {start.weights}" if start.weights else "")
         + (f"; resumed after {start.step:,} steps, {start.checkpoint}" if start.checkpoint else "")
         + ("; nothing is left to train, --images sets the length" if start.step >= steps else "")

@@ -236,6 +236,24 @@ def test_running_statistics_are_those_of_the_trained_network(tmp_path):
         assert not same(dict(ema.model(module, name).net.named_parameters()), dict(module.model.net.named_parameters()))
 
 
+def test_buffers_that_a_network_makes_or_replaces_as_it_runs(tmp_path):
+    class Caching(MLP):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments, width=32, depth=1)
+            self.register_buffer("cache", None)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x, t, labels=None):
+            self.cache = torch.ones(len(x))
+            self.calls = self.calls + 1
+            return super().forward(x, t, labels)
+
+    ema = EMA([100])
+    module = digits_module(net=Caching)
+    fit(module, tmp_path, 3, ema)
+    assert ema.model(module).net.calls == module.model.net.calls == 3
+
+
 def test_the_average_moves_once_per_optimiser_step(tmp_path, monkeypatch):
     calls, lerp = [], torch._foreach_lerp_
     monkeypatch.setattr(torch, "_foreach_lerp_", lambda a, b, w: calls.append(w) or lerp(a, b, w))

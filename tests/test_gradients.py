@@ -67,8 +67,10 @@ def test_a_fused_optimiser_skips_the_step_where_something_was_not_finite(net):
 def test_with_scaled_gradients_a_loss_that_is_not_finite_ends_the_run():
     guard = GradientGuard()
     guard.scaled = True
-    guard.note(torch.ones(4))
-    guard.check()
+    for losses in ([1.0], [1.0, torch.nan], [2.0], [torch.inf]):  # one at a time a scaler may outlive
+        guard.note(torch.tensor(losses))
+        guard.check()
+        guard.check()
     guard.note(torch.tensor([1.0, torch.nan]))
     with pytest.raises(FloatingPointError, match=r"the loss is not finite on rank 0: use trainer\.precision"):
         guard.check()

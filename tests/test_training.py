@@ -13,7 +13,7 @@ from fmlit.callbacks import EMA, Checkpoint, QualityCurve, SampleGrid, TrainingL
 from fmlit.checkpoints import load, load_model
 from fmlit.data import Digits, Moons, TwoPoints
 from fmlit.mixtures import GaussianMixture
-from fmlit.modules import GenerativeModule, ScoreMatchingModule
+from fmlit.modules import FlowMatchingModule, GenerativeModule, ScoreMatchingModule
 from fmlit.networks import MLP
 from fmlit.paths import CosinePath
 from fmlit.predictions import Score
@@ -204,3 +204,28 @@ def test_gradients_are_clipped_and_weights_stay_float32_in_mixed_precision(tmp_p
     assert norms.used == pytest.approx([0.1] * 3, rel=1e-4)
     assert norms.left == []
     assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_a_checkpoint_that_was_copied_as_a_file_is_not_replaced_by_a_link_to_itself(tmp_path):
+    fit(digits_module(), tmp_path / "there", 2, Checkpoint(12))
+    last = tmp_path / "here" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes((tmp_path / "there" / "checkpoints" / "last.ckpt").read_bytes())
+    whole = last.read_bytes()
+    fit(digits_module(), tmp_path / "here", 3, Checkpoint(10**9), resume=last, limit_train_batches=0)
+    assert last.read_bytes() == whole
+
+
+def test_an_optimiser_of_the_users_own_is_resumed_as_it_was(tmp_path):
+    class Layerwise(FlowMatchingModule):
+        def configure_optimizers(self):
+            *rest, last = self.model.net.parameters()
+            groups = [{"params": rest, "lr": 1e-3, "weight_decay": 0.1}, {"params": [last], "lr": 1e-5}]
+            return torch.optim.AdamW(groups, weight_decay=0.0)
+
+    def rates(trainer: pl.Trainer) -> list[tuple[float, float]]:
+        return [(group["lr"], group["weight_decay"]) for group in trainer.optimizers[0].param_groups]
+
+    path = tmp_path / "a.ckpt"
+    fit(digits_module(Layerwise), tmp_path, 2).save_checkpoint(path)
+    assert rates(fit(digits_module(Layerwise), tmp_path, 4, resume=path)) == [(1e-3, 0.1), (1e-5, 0.0)]

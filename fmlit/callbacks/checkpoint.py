@@ -147,10 +147,15 @@ def save(trainer: pl.Trainer, path: Path) -> str:
     except Exception as error:  # on rank 0, which writes, or on all
         failure = error
         trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait for it
-    problem = Ranks.current().from_first(lambda: str(failure or ""))
-    if failure is not None and not isinstance(failure, OSError):
+    problem = Ranks.current().from_first(lambda: "" if failure is None else str(failure) or repr(failure))
+    if failure is not None and not (isinstance(failure, OSError) and trainer.is_global_zero):
         raise failure  # of what is to be saved, not of the disk; the other ranks hear of it when they are done
     return problem
+
+
+def goes_on_without(trainer: pl.Trainer) -> bool:
+    """Whether training goes on where a checkpoint cannot be written."""
+    return any(c.on_error == "continue" for c in trainer.callbacks if isinstance(c, Checkpoint))  # type: ignore[attr-defined]
 
 
 def _folder(trainer: pl.Trainer) -> Path:
@@ -166,7 +171,9 @@ def _milestone(images_seen: int) -> str:
 
 
 def _point(link: Path, target: Path) -> None:
-    """Make ``link`` a relative symbolic link to ``target``, in one step."""
+    """Make ``link`` a relative symbolic link to ``target``, in one step; a file of that name is its own target."""
+    if link.name == target.name:
+        return
     part = link.with_suffix(".part")
     part.unlink(missing_ok=True)
     part.symlink_to(target.name)

@@ -20,7 +20,7 @@ class EMA(pl.Callback):
     on the average forgets quickly, so that it does not carry the initial weights along (the ramp is that of Karras et
     al. 2022). In images, it means the same for every batch size and number of ranks.
 
-    Buffers, such as running statistics, are copied as they are.
+    Buffers, such as running statistics, are copied as they are, wherever both networks have them in one shape.
 
     The trained weights are never touched: samplers are handed ``model()``. Every checkpoint carries all copies, under
     ``checkpoint["ema"][name]``.
@@ -39,7 +39,7 @@ class EMA(pl.Callback):
         self.names = tuple(f"ema_{half_life}" for half_life in self.half_lives)
         self.copies: dict[str, AveragedModel] = {}
         self._parameters: dict[str, list[Tensor]] = {}  # of the trained network ("") and of each copy
-        self._buffers: dict[str, list[Tensor]] = {}  # likewise
+        self._buffered = False  # whether there are buffers
         self._float = True  # whether these are in float32
         self._images_seen = self._step = 0
 
@@ -72,10 +72,9 @@ class EMA(pl.Callback):
         seen = pl_module.images_seen
         step, self._images_seen = seen - self._images_seen, seen
         if not self._parameters:  # listing them takes eight times as long as averaging those of a small network
-            averaged = {name: copy.module for name, copy in self.copies.items()}
-            nets: dict[str, nn.Module] = {"": pl_module.model.net, **averaged}
+            nets: dict[str, nn.Module] = {"": pl_module.model.net, **self.copies}
             self._parameters = {name: [*net.parameters()] for name, net in nets.items()}
-            self._buffers = {name: [*net.buffers()] for name, net in nets.items()}
+            self._buffered = any(module._buffers for module in nets[""].modules())  # also those that are still None
             self._float = all(p.dtype == torch.float32 for p in self._parameters[""])
         trained = self._parameters[""]
         if not self._float:
@@ -87,8 +86,8 @@ class EMA(pl.Callback):
                 decay = 0.5 ** (step / min(half_life, self.ramp * seen))
                 torch._foreach_lerp_(self._parameters[name], trained, 1 - decay)
             copy.n_averaged += 1
-            for ours, theirs in zip(self._buffers[name], self._buffers[""], strict=True):
-                ours.copy_(theirs)
+            if self._buffered:
+                _copy_buffers(pl_module.model.net, copy.module)
 
     def model(self, module: GenerativeModule, name: str | None = None) -> GenerativeModel:
         """The module's ``GenerativeModel`` around an averaged copy (the first, or the one of that name)."""
@@ -109,3 +108,11 @@ class EMA(pl.Callback):
             copy.module.load_state_dict(stored[name])
             copy.n_averaged.fill_(1)  # the first update copies the weights instead of averaging
         self._images_seen, self._step = checkpoint["images_seen"], checkpoint["global_step"]
+
+
+def _copy_buffers(net: nn.Module, copy: nn.Module) -> None:
+    """By name: buffers may be made, replaced or resized by a network as it runs; caches of its own are left to it."""
+    ours = dict(copy.named_buffers())
+    for name, theirs in net.named_buffers():
+        if name in ours and ours[name].shape == theirs.shape:
+            ours[name].copy_(theirs)

@@ -1,5 +1,6 @@
 """FID and its relatives while training: a cheap curve at fixed seeds, on all ranks."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -7,7 +8,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 
-from fmlit.callbacks.checkpoint import save
+from fmlit.callbacks.checkpoint import goes_on_without, save
 from fmlit.callbacks.intervals import EveryImages, averages_of, check_sampler, log_metrics, sampled_model
 from fmlit.checkpoints import load
 from fmlit.data.datasets import warn_of_uneven_classes
@@ -18,6 +19,8 @@ from fmlit.metrics.ranks import Ranks
 from fmlit.modules import GenerativeModule
 from fmlit.randomness import image_seeds
 from fmlit.samplers import ODESampler, Sampler
+
+log = logging.getLogger(__name__)
 
 
 class QualityCurve(EveryImages):
@@ -64,6 +67,7 @@ class QualityCurve(EveryImages):
         self.split, self.batch_size, self.seed, self.cache = split, batch_size, seed, cache
         self.latest: dict[str, float] = {}
         self.best: float | None = None
+        self._best_of: str | None = None  # the metric
         self._reference: Reference | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -109,32 +113,36 @@ class QualityCurve(EveryImages):
             print(f"{next(iter(self.latest))} is {quality.protocol(weights, self.sampler.name)}; {cost}", flush=True)
         name, first = next(iter(self.latest.items()))
         if self._is_better(first, name):
-            self.best = first
+            before, self.best, self._best_of = (self.best, self._best_of), first, name
             if problem := save(trainer, Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"):
-                raise OSError(problem)
+                if not goes_on_without(trainer):
+                    raise OSError(problem)
+                self.best, self._best_of = before
+                if trainer.is_global_zero:
+                    log.warning("%s; training goes on", problem)
 
     def _is_better(self, value: float, name: str) -> bool:
-        if self.best is None:
+        if self.best is None or self._best_of not in (None, name):  # that was another metric, or of another count
             return True
         return value > self.best if name.startswith(("precision", "recall")) else value < self.best
 
     def _recall_best(self, path: Path, trainer: pl.Trainer) -> None:
         """The score of best.ckpt, where a run goes on: the last checkpoint is from before the scores of its step."""
 
-        def read() -> float | None:
+        def read() -> dict[str, Any] | None:
             if not trainer.ckpt_path or not path.exists():
                 return None
             try:
-                return load(path)["callbacks"][self.state_key]["best"]
+                return dict(load(path)["callbacks"][self.state_key])
             except (KeyError, OSError, TypeError, ValueError):  # damaged, or another program's
                 return None
 
-        best = Ranks.current().from_first(read)
-        if best is not None and self._is_better(best, min(self.metrics, key=get_args(Metric).index)):
-            self.best = best
+        found = Ranks.current().from_first(read)
+        if found and self._is_better(found["best"], found.get("of") or min(self.metrics, key=get_args(Metric).index)):
+            self.load_state_dict(found)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "of": self._best_of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best, self._best_of = state_dict["best"], state_dict.get("of")

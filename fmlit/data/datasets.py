@@ -79,7 +79,7 @@ def as_is(batch: Any) -> Any:
 def warn_of_uneven_classes(dataset: object) -> None:
     """Warn where samples of a conditional model, as many of each class, are compared with data that are not."""
     labels = getattr(dataset, "labels", None)  # a data set of the user's own may keep them elsewhere
-    if isinstance(labels, Tensor) and len(labels):
+    if isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 1 and len(labels):
         counts = torch.bincount(labels)
         fewest, most = int(counts.min()), int(counts.max())
         if most > 2 * fewest:

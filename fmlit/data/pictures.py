@@ -33,17 +33,19 @@ def find_pictures(folder: str | Path) -> list[str]:
         raise ValueError(f"there is no folder {folder}: give the folder that holds the pictures")
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        here = os.path.realpath(parent)  # a link to a folder above would be walked through again and again
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and not f"{here}/".startswith(f"{os.path.realpath(Path(parent, name))}/")
-        ]
+        above = [os.path.realpath(p) for p in (Path(parent), *Path(parent).parents)]
+        shown = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in shown if not _leads_back(Path(parent, name), above)]
         pictures = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
         found += [Path(parent, name).relative_to(folder).as_posix() for name in pictures]
     if not found:
         raise ValueError(f"there are no pictures in {folder}: fmlit reads {', '.join(EXTENSIONS)}")
     return sorted(found)
+
+
+def _leads_back(folder: Path, above: list[str]) -> bool:
+    """Whether a link leads to a folder above it, and would be walked through again and again."""
+    return folder.is_symlink() and any(Path(place).is_relative_to(os.path.realpath(folder)) for place in above)
 
 
 def read_picture(path: str | Path, size: int) -> Tensor:
