@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Seconds that W&B has for its last upload: fewer where a job may soon be killed, and has to be requeued before.
-PATIENCE, PATIENCE_FAILED = {"success": 120.0}, 30.0
+PATIENCE = {"success": 120.0, "failed": 30.0}
 
 
 class MetricsFile(Logger):
@@ -239,7 +239,7 @@ class WandbLogger(LightningWandbLogger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Upload what is left, and end the W&B run; without it, where its server does not answer."""
-        seconds = PATIENCE.get(status, PATIENCE_FAILED)
+        seconds = PATIENCE["success" if status == "success" else "failed"]
 
         if (run := self._experiment) is not None:
             upload = f"wandb sync {self._save_dir or '.'}/wandb/run-* uploads what it has not got"

@@ -126,6 +126,13 @@ def test_an_sde_is_the_papers_with_noise_by_seed(method):
     torch.testing.assert_close(sampler.sample(model, seeds), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_churn_counts_the_closing_step_as_edm_does(monkeypatch):
+    given = {}
+    monkeypatch.setattr(solvers, "churn", lambda field, x0, *_, **settings: given.update(settings) or x0)
+    ChurnSampler(steps=7).sample(oracle_model([MIXTURE], CondOTPath()), SEEDS)
+    assert given["steps"] == 7
+
+
 def test_methods_are_the_solvers_by_name():
     assert {*get_args(ODEMethod), *get_args(SDEMethod)} == {*solvers.__all__} - {"churn"}
     assert set(EXPONENTIAL) == {"ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm"} < set(get_args(ODEMethod))

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -138,7 +138,7 @@ class QualityCurve(EveryImages):
                 return None
 
         found = Ranks.current().from_first(read)
-        if found and self._is_better(found["best"], found.get("of") or min(self.metrics, key=get_args(Metric).index)):
+        if found and found.get("of") and self._is_better(found["best"], found["of"]):
             self.load_state_dict(found)
 
     def state_dict(self) -> dict[str, Any]:

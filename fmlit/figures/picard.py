@@ -27,8 +27,7 @@ def picard_iterates(field: Field, x0: Tensor, times: Tensor, count: int) -> Tens
 
 
 def square_root(x: Tensor, t: Tensor) -> Tensor:
-    """u(x) = 2 sqrt|x|: continuous, not Lipschitz at 0. From X_0 = 0 start X_t = 0, t^2, and 0 up to
-    any time s with (t - s)^2 from then on."""
+    """u(x) = 2 sqrt|x|: continuous, not Lipschitz at 0. From X_0 = 0 start 0, and (t - s)^2 from any time s on."""
     return 2 * x.abs().sqrt()
 
 
