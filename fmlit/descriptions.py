@@ -1,6 +1,6 @@
 """Models as plain data: what a checkpoint says about the classes and arguments that its model is made of.
 
-A description is ``{"class_path": "fmlit.paths.VPPath", "init_args": {"rate_min": 0.1, "rate_max": 20.0}}``, nested
+A description is ``{"class_path": "fmlit.VPPath", "init_args": {"rate_min": 0.1, "rate_max": 20.0}}``, nested
 where an argument is such an object itself. It is read off one convention: every constructor argument is kept as an
 attribute of the same name. It holds None, bool, int, float, str, lists, tuples and dicts only, so that it fits into
 checkpoints that are loaded with ``weights_only`` and into JSON (which turns tuples into lists).
@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+import fmlit
 from fmlit.data.base import DataModule
 from fmlit.paths import GaussianPath
 from fmlit.predictions import Prediction
@@ -42,7 +43,7 @@ def describe(obj: Any) -> Description:
     if cls.__name__ == "UNet2DModel" and cls.__module__.startswith("diffusers."):
         class_path, values = UNET2D, dict(cast(Any, obj).config)  # where diffusers keeps the arguments
     else:
-        class_path = f"{cls.__module__}.{cls.__qualname__}"
+        class_path = class_name(cls)
         values = {name: getattr(obj, name) for name in parameters if hasattr(obj, name)}
     for name, parameter in parameters.items():
         if name not in values or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -52,6 +53,12 @@ def describe(obj: Any) -> Description:
             )
     arguments = {name: _plain(values[name], f"{cls.__qualname__}.{name}") for name in parameters}
     return {"class_path": class_path, "init_args": arguments}
+
+
+def class_name(cls: type) -> str:
+    """``fmlit.UNet`` for a public class of fmlit, ``package.module.Class`` for any other."""
+    public = fmlit.PUBLIC.get(cls.__name__) == cls.__module__
+    return f"fmlit.{cls.__name__}" if public else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _plain(value: Any, where: str) -> Any:
@@ -74,21 +81,22 @@ def _plain(value: Any, where: str) -> Any:
 def build(description: Description, trust: Sequence[str] = ()) -> Any:
     """The object that ``describe`` described, newly constructed.
 
-    Only networks, paths, predictions and data modules are built: of the package fmlit, of the packages in ``trust``,
-    and ``diffusers.UNet2DModel``. All names are checked before the first import, all classes before the first is built.
+    Only networks, paths, predictions and data modules are built: the public ones of fmlit, those of the packages in
+    ``trust``, and ``diffusers.UNet2DModel``. All names are checked before the first import, and all classes before the
+    first one is built.
 
     Raises:
         ValueError: a class outside of these, an unknown or unfit argument, or something that is no description.
     """
     if not (isinstance(description, dict) and "class_path" in description):
         raise ValueError(f"a description is a dict with class_path and init_args, got {_shorten(description)}")
-    packages = ("fmlit", *trust)
     class_paths = [nested["class_path"] for nested in _nested(description)]
     for class_path in class_paths:
-        named = class_path == UNET2D or _is_within(class_path.rpartition(".")[0], packages)
+        module, _, name = class_path.rpartition(".")
+        named = class_path == UNET2D or (module == "fmlit" and name in fmlit.PUBLIC) or _is_within(module, trust)
         if not (named and all(part.isidentifier() for part in class_path.split("."))):
             raise _refusal(class_path)
-    classes = {class_path: _import(class_path, packages) for class_path in class_paths}
+    classes = {class_path: _import(class_path, trust) for class_path in class_paths}
     return _construct(description, classes)
 
 
@@ -112,16 +120,14 @@ def _nested(value: Any) -> Iterator[Description]:
         raise ValueError(f"a description holds plain data only, got a {type(value).__qualname__}")
 
 
-def _import(class_path: str, packages: Sequence[str]) -> type:
+def _import(class_path: str, trust: Sequence[str]) -> type:
     module_name, _, name = class_path.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), name, None)
     except ImportError as error:
-        if _is_within(module_name, ("fmlit",)):
-            raise _refusal(class_path) from error
         raise ValueError(f"{class_path} cannot be imported: {error}; install its package or set PYTHONPATH") from error
-    # The class's own module counts, not where it was found: fmlit.checkpoints.os is the same as os.
-    home = ("diffusers",) if class_path == UNET2D else packages
+    # The module that defines the class counts, not the one it was found in: my_package.os is the same as os.
+    home = {"fmlit": ("fmlit",), "diffusers": ("diffusers",)}.get(module_name, trust)
     if not (isinstance(cls, type) and issubclass(cls, BASES) and _is_within(cls.__module__, home)):
         raise _refusal(class_path)
     return cls
@@ -149,9 +155,9 @@ def _is_within(dotted: str, packages: Sequence[str]) -> bool:
 
 def _refusal(class_path: str) -> ValueError:
     return ValueError(
-        f"{_shorten(class_path)} is refused: a checkpoint may name networks, paths and predictions of fmlit and "
-        f"{UNET2D}; those of another package are built only if you trust it, by --trust PACKAGE, or to train, by "
-        f"a configuration that names it"
+        f"{_shorten(class_path)} is refused: a checkpoint may name the public networks, paths and predictions of fmlit "
+        f"and {UNET2D}; classes of another package are built only if you trust it, by --trust PACKAGE, or to train, by "
+        f"a configuration that names them"
     )
 
 

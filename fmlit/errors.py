@@ -16,6 +16,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+import fmlit
+
 # What users can cause: values, files, and what libraries say of either. All else is a bug and keeps its traceback, and
 # so does a TypeError once everything is built: that is for whoever wrote the network.
 RUNNING_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException)
@@ -115,11 +117,8 @@ def _no_option(key: str, names: list[str], cls: str, known: list[str]) -> str:
 
 
 def _no_class(name: str) -> str:
-    modules = [vars(module) for path, module in list(sys.modules.items()) if path.startswith("fmlit.")]
-    classes = {value.__name__: value for module in modules for value in module.values() if isinstance(value, type)}
-    ours = {name: f"{cls.__module__}.{name}" for name, cls in classes.items() if cls.__module__.startswith("fmlit.")}
-    near = difflib.get_close_matches(name, ours, n=1, cutoff=CLOSE)
-    hint = f"did you mean {ours[near[0]]}?" if near else "give its full path, as in fmlit.networks.UNet"
+    near = difflib.get_close_matches(name, fmlit.PUBLIC, n=1, cutoff=CLOSE)
+    hint = f"did you mean fmlit.{near[0]}?" if near else "give its full path, as in fmlit.UNet"
     return f"there is no class {name}; {hint}"
 
 

@@ -28,11 +28,11 @@ HELP = """Train an image generator by flow matching or score matching.
 
 The arguments of the model, of its parts and of the data depend on their class, and are listed by
   train.py --model.help FlowMatchingModule                 ScoreMatchingModule
-  train.py --model.net.help fmlit.networks.UNet            fmlit.networks.MLP
+  train.py --model.net.help fmlit.UNet                     fmlit.MLP
   train.py --model.path.help CondOTPath                    CosinePath, PolynomialPath, VPPath
   train.py --data.help CIFAR10                             Digits, MNIST, ImageFolder, ...
   train.py --samples.sampler.help ODESampler               SDESampler
-  train.py --trainer.logger.help fmlit.loggers.WandbLogger
+  train.py --trainer.logger.help fmlit.WandbLogger
 """
 
 # The same value everywhere: set once, and not where it would be overwritten.

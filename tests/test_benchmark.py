@@ -138,7 +138,7 @@ def test_the_command_measures_training_and_names_who_is_missing(tmp_path, monkey
 
 def test_json_alone_holds_the_whole_record(tmp_path, capsys):
     out = tmp_path / "a.json"
-    sizes = ["--rounds=2", "--images=30", "--device=cpu", "--features=fmlit.metrics.PixelFeatures"]
+    sizes = ["--rounds=2", "--images=30", "--device=cpu", "--features=fmlit.PixelFeatures"]
     ended = command(capsys, "--what=fid", f"--net={setup(tmp_path).recipe}", f"--out={out}", "--json", *sizes)
     assert len(ended.out.splitlines()) == 1
     assert ended.summary == json.loads(out.read_text())

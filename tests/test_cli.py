@@ -92,8 +92,8 @@ def test_the_default_recipe_does_not_leak_into_others(tmp_path: Path) -> None:
     """Every key that the other recipe does not set has the default of its signature."""
     other = tmp_path / "other.yaml"
     other.write_text(
-        "model: {class_path: fmlit.modules.FlowMatchingModule, init_args: {net: fmlit.networks.MLP}}\n"
-        "data: fmlit.data.Moons\n"
+        "model: {class_path: fmlit.FlowMatchingModule, init_args: {net: fmlit.MLP}}\n"
+        "data: fmlit.Moons\n"
     )
     shown = printed_config(tmp_path, "--config", str(other))
     assert shown["images"] == 1_000_000
@@ -101,7 +101,7 @@ def test_the_default_recipe_does_not_leak_into_others(tmp_path: Path) -> None:
     assert shown["checkpoint"]["every"] == 500_000
     assert shown["model"]["init_args"]["net"]["init_args"] == {"width": 256, "depth": 3}
     assert shown["data"] == {
-        "class_path": "fmlit.data.Moons",
+        "class_path": "fmlit.Moons",
         "init_args": {"samples": 10_000, "batch_size": 128, "noise": 0.05},
     }
 
@@ -110,7 +110,7 @@ def test_the_default_recipe_does_not_leak_into_others(tmp_path: Path) -> None:
 def test_another_class_has_its_own_defaults(tmp_path: Path, given: str) -> None:
     """jsonargparse would hand it those of the class that stood there before: 18 steps on EDM's grid."""
     sampler = printed_config(tmp_path, given)["samples"]["sampler"]["init_args"]
-    assert (sampler["steps"], sampler["grid"]["class_path"]) == (250, "fmlit.times.UniformGrid")
+    assert (sampler["steps"], sampler["grid"]["class_path"]) == (250, "fmlit.UniformGrid")
 
 
 def test_another_class_keeps_what_was_asked_for(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_another_class_keeps_what_was_asked_for(tmp_path: Path) -> None:
     model = printed_config(tmp_path, "--model=ScoreMatchingModule")["model"]["init_args"]
     assert model["net"]["init_args"]["width"] == 8
     assert (model["path"]["class_path"], model["prediction"]["class_path"]) == (
-        "fmlit.paths.VPPath",
-        "fmlit.predictions.Noise",
+        "fmlit.VPPath",
+        "fmlit.Noise",
     )
 
 

@@ -47,14 +47,14 @@ def test_frozen_dataclasses_come_back_equal(obj):
 
 def test_description_of_a_model_is_what_the_docs_say():
     assert describe(model()) == {
-        "class_path": "fmlit.generative.GenerativeModel",
+        "class_path": "fmlit.GenerativeModel",
         "init_args": {
             "net": {
-                "class_path": "fmlit.networks.MLP",
+                "class_path": "fmlit.MLP",
                 "init_args": {"shape": (2,), "num_classes": 3, "width": 8, "depth": 1},
             },
-            "path": {"class_path": "fmlit.paths.VPPath", "init_args": {"rate_min": 0.1, "rate_max": 15.0}},
-            "prediction": {"class_path": "fmlit.predictions.Noise", "init_args": {}},
+            "path": {"class_path": "fmlit.VPPath", "init_args": {"rate_min": 0.1, "rate_max": 15.0}},
+            "prediction": {"class_path": "fmlit.Noise", "init_args": {}},
             "shape": (2,),
             "num_classes": 3,
             "coupled": False,
@@ -161,7 +161,8 @@ FOREIGN = [
     "fmlit.descriptions.build",  # in fmlit, but not a class
     "fmlit.descriptions.nn",
     "fmlit.runs.Path",  # a class in fmlit, but not of it
-    "fmlit.times.UniformTime",  # a class of fmlit, but not a part of models
+    "fmlit.paths.VPPath",  # a class of fmlit by another name than its public one
+    "fmlit.UniformTime",  # a class of fmlit, but not a part of models
     "fmlit.nowhere.Net",
     "fmlit.networks.Nowhere",
     "fmlit",
@@ -172,7 +173,7 @@ FOREIGN = [
     "torch.nn.Linear",
     "diffusers.UNet1DModel",
     "diffusers.UNet2DModel.from_pretrained",
-    "../fmlit.networks.MLP",
+    "../fmlit.MLP",
 ]
 
 
@@ -209,7 +210,7 @@ def foreign_package(tmp_path, monkeypatch):
 
 def test_foreign_package_is_imported_only_when_trusted(foreign_package):
     net = {"class_path": "foreignnets.Net", "init_args": {"width": 4}}
-    for description in (net, {"class_path": "fmlit.paths.VPPath", "init_args": {"rate_min": net}}):
+    for description in (net, {"class_path": "fmlit.VPPath", "init_args": {"rate_min": net}}):
         with pytest.raises(ValueError, match=r"'foreignnets.Net' is refused"):
             build(description, trust=["foreign"])
     assert not foreign_package.exists()
@@ -236,16 +237,16 @@ def test_nothing_is_imported_if_one_name_is_bad(foreign_package):
     [
         (None, "a description is a dict"),
         ({"init_args": {}}, "a description is a dict"),
-        ({"class_path": "fmlit.paths.VPPath", "init_args": [1]}, "init_args, a dict"),
+        ({"class_path": "fmlit.VPPath", "init_args": [1]}, "init_args, a dict"),
         ({"class_path": 3}, "class_path, a str"),
-        ({"class_path": "fmlit.paths.VPPath", "more": 1}, "class_path, a str"),
-        ({"class_path": "fmlit.paths.VPPath", "init_args": {3: 1}}, "must be str"),
-        ({"class_path": "fmlit.paths.VPPath", "init_args": {"rate_min": torch.ones(1)}}, "plain data only"),
-        ({"class_path": "fmlit.paths.VPPath", "init_args": {"rate": 1.0}}, r"VPPath cannot be built.*'rate'"),
-        ({"class_path": "fmlit.paths.VPPath", "init_args": {"rate_min": -1.0}}, "VPPath cannot be built.*-1.0"),
-        ({"class_path": "fmlit.paths.VPPath", "init_args": {"class_path": "os.system"}}, "VPPath cannot be built"),
-        ({"class_path": "fmlit.paths.GaussianPath"}, "GaussianPath cannot be built.*abstract"),
-        ({"class_path": "fmlit.networks.MLP", "init_args": {"shape": [2], "width": "wide"}}, "MLP cannot be built"),
+        ({"class_path": "fmlit.VPPath", "more": 1}, "class_path, a str"),
+        ({"class_path": "fmlit.VPPath", "init_args": {3: 1}}, "must be str"),
+        ({"class_path": "fmlit.VPPath", "init_args": {"rate_min": torch.ones(1)}}, "plain data only"),
+        ({"class_path": "fmlit.VPPath", "init_args": {"rate": 1.0}}, r"VPPath cannot be built.*'rate'"),
+        ({"class_path": "fmlit.VPPath", "init_args": {"rate_min": -1.0}}, "VPPath cannot be built.*-1.0"),
+        ({"class_path": "fmlit.VPPath", "init_args": {"class_path": "os.system"}}, "VPPath cannot be built"),
+        ({"class_path": "fmlit.GaussianPath"}, "GaussianPath cannot be built.*abstract"),
+        ({"class_path": "fmlit.MLP", "init_args": {"shape": [2], "width": "wide"}}, "MLP cannot be built"),
     ],
 )
 def test_malformed_description(description, match):
@@ -255,4 +256,4 @@ def test_malformed_description(description, match):
 
 
 def test_missing_arguments_take_the_defaults_of_today():
-    assert build({"class_path": "fmlit.predictions.PreconditionedVelocity"}) == PreconditionedVelocity()
+    assert build({"class_path": "fmlit.PreconditionedVelocity"}) == PreconditionedVelocity()

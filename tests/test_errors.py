@@ -67,14 +67,14 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--model.init_args.net.init_args.widht=3", "model.net.widht: no such option; did you mean model.net.width?"),
         (
             "--model.path.power=3",
-            "model.path.power: no such option; --model.path.help fmlit.paths.CondOTPath lists them",
+            "model.path.power: no such option; --model.path.help fmlit.CondOTPath lists them",
         ),
         ("--ema.rampe=3", "ema.rampe: no such option; did you mean ema.ramp?"),
         ("--data.batchsize=3", "data.batchsize: no such option; did you mean data.batch_size?"),
         ("--trainer.devicess=3", "trainer.devicess: no such option; did you mean trainer.devices?"),
         ("--trainer.max_epochs=3", "trainer.max_epochs: no such option; did you mean trainer.max_steps?"),
         ("--samples.sampler.stepps=3", "samples.sampler.stepps: no such option; did you mean samples.sampler.steps?"),
-        ("--model.net.shape=3", "model.net.shape: cannot be set; whatever builds fmlit.networks.MLP passes it"),
+        ("--model.net.shape=3", "model.net.shape: cannot be set; whatever builds fmlit.MLP passes it"),
     ],
 )
 def test_unknown_keys_are_named_in_full_with_a_close_match(tmp_path: Path, option: str, error: str) -> None:
@@ -91,7 +91,7 @@ def test_unknown_keys_are_named_in_full_with_a_close_match(tmp_path: Path, optio
         ("half_lives:", "half_life:", "ema.half_life: no such option; did you mean ema.half_lives?"),
         (
             "    net:\n",
-            "    path: {class_path: fmlit.paths.VPPath, init_args: {rate_mim: 1}}\n    net:\n",
+            "    path: {class_path: fmlit.VPPath, init_args: {rate_mim: 1}}\n    net:\n",
             "model.path.rate_mim: no such option; did you mean model.path.rate_min?",
         ),
     ],
@@ -121,12 +121,12 @@ def test_unknown_keys_of_a_recipe_are_named_as_on_the_command_line(
         ("--seed_everything=true", "seed_everything", "Expected an int"),
         ("--model=null", "model", "required, and not given"),
         ("--model.net=null", "model.net", "required, and not given"),
-        ("--model.net=UNett", "model.net", "there is no class UNett; did you mean fmlit.networks.UNet?"),
-        ("--model.net=fmlit.networks.Unet", "model.net", "did you mean fmlit.networks.UNet?"),
+        ("--model.net=UNett", "model.net", "there is no class UNett; did you mean fmlit.UNet?"),
+        ("--model.net=fmlit.networks.Unet", "model.net", "did you mean fmlit.UNet?"),
         ("--model.net=nowhere.Net", "model.net", "No module named 'nowhere'"),
-        ("--model.path=CosinPath", "model.path", "did you mean fmlit.paths.CosinePath?"),
+        ("--model.path=CosinPath", "model.path", "did you mean fmlit.CosinePath?"),
         ("--data=Xyz", "data", "there is no class Xyz"),
-        ("--trainer.logger=WandbLoger", "trainer.logger", "did you mean fmlit.loggers.WandbLogger?"),
+        ("--trainer.logger=WandbLoger", "trainer.logger", "did you mean fmlit.WandbLogger?"),
     ],
 )
 def test_a_wrong_value_is_shown_with_its_key(tmp_path: Path, option: str, key: str, said: str) -> None:
@@ -308,7 +308,7 @@ def test_out_of_memory_on_a_gpu(said, tmp_path, monkeypatch):
 
 def test_out_of_memory_for_real(tmp_path):
     """Weights of 400 terabytes."""
-    options = ("--model.net", "fmlit.networks.MLP", "--model.net.width", "10000000")
+    options = ("--model.net", "fmlit.MLP", "--model.net.width", "10000000")
     error = train(tmp_path, "--config", str(recipe(tmp_path)), *options).error
     assert error.startswith("out of memory, 400000000000000 bytes were asked for: lower data.batch_size")
     assert runs_in(tmp_path) == []

@@ -56,9 +56,9 @@ def test_resuming_another_model_names_the_keys_that_differ(tmp_path: Path) -> No
     assert error.startswith("model.net.width (8 there, 16 here): ")
     assert str(tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt") in error
 
-    error = train(tmp_path, "--resume", "--model=ScoreMatchingModule", "--data=fmlit.data.Moons").error
+    error = train(tmp_path, "--resume", "--model=ScoreMatchingModule", "--data=fmlit.Moons").error
     assert "model.net.shape ([1] there, [2] here)" in error
-    assert "model.path (fmlit.paths.CondOTPath there, fmlit.paths.VPPath here)" in error
+    assert "model.path (fmlit.CondOTPath there, fmlit.VPPath here)" in error
 
     muon = ("--model.net.width=16", "--model.muon=true")
     assert train(tmp_path, *muon, "--name=muon").code == 0
@@ -73,7 +73,7 @@ def test_resuming_another_model_names_the_keys_that_differ(tmp_path: Path) -> No
 
 def test_a_run_of_before_its_network_had_an_option_goes_on(tmp_path: Path) -> None:
     unet = ("--model.net=UNet", "--model.net.channels=16", "--model.net.multipliers=[1]", "--model.net.attention=[]")
-    unet += ("--model.net.head_channels=16", "--model.net.blocks=1", "--data=fmlit.data.Digits", "--data.batch_size=4")
+    unet += ("--model.net.head_channels=16", "--model.net.blocks=1", "--data=fmlit.Digits", "--data.batch_size=4")
     assert train(tmp_path, *unet, "--trainer.max_steps=1").code == 0
     path = tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt"
     checkpoint = load(path)

@@ -157,12 +157,12 @@ def test_folders_that_do_not_hold_a_model(tmp_path):
         description["model"]["init_args"]["net"] = {"class_path": class_path, "init_args": arguments}
         (tmp_path / "model.json").write_text(json.dumps(description))
 
-    described("fmlit.networks.MLP", shape=[1, 8, 8], num_classes=10, width=16, depth=1)
+    described("fmlit.MLP", shape=[1, 8, 8], num_classes=10, width=16, depth=1)
     with pytest.raises(ValueError, match="size mismatch"):
         export.load(tmp_path)
     described("os.system", command="touch owned")
     with pytest.raises(ValueError, match=r"'os\.system' is refused"):
         export.load(tmp_path)
-    (tmp_path / "model.json").write_text(json.dumps({"model": {"class_path": "fmlit.paths.VPPath", "init_args": {}}}))
+    (tmp_path / "model.json").write_text(json.dumps({"model": {"class_path": "fmlit.VPPath", "init_args": {}}}))
     with pytest.raises(ValueError, match="describes a VPPath, not a GenerativeModel"):
         export.load(tmp_path)

@@ -75,7 +75,7 @@ from fmlit.cli import train
 folder = Path(sys.argv[1])
 train(["--runs", str(folder)], folder / "tiny.yaml")
 try:
-    train(["--runs", str(folder), "--trainer.logger=fmlit.loggers.WandbLogger"], folder / "tiny.yaml")
+    train(["--runs", str(folder), "--trainer.logger=fmlit.WandbLogger"], folder / "tiny.yaml")
 except SystemExit as end:
     sys.exit(end.code)
 """

@@ -140,7 +140,7 @@ def test_a_damaged_file_does_not_stop_a_resume(tmp_path: Path, content: bytes) -
 
 
 def train_with_wandb(folder: Path, *args: str) -> Outcome:
-    return train(folder, "--trainer.logger=fmlit.loggers.WandbLogger", *args)
+    return train(folder, "--trainer.logger=fmlit.WandbLogger", *args)
 
 
 def notices(caplog: pytest.LogCaptureFixture) -> list[str]:

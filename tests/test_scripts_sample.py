@@ -146,7 +146,7 @@ def test_vectors(tmp_path, capsys):
         (("--seed", "-3"), "seed must lie in"),
         (("--device", "quantum"), "device 'quantum' cannot be used"),
         (("--label", "3"), "label: no such option; did you mean labels?"),
-        (("--grid", "UniformGird"), "there is no class UniformGird; did you mean fmlit.times.UniformGrid?"),
+        (("--grid", "UniformGird"), "there is no class UniformGird; did you mean fmlit.UniformGrid?"),
     ],
 )
 def test_mistakes_are_named_in_one_line(checkpoint, tmp_path, monkeypatch, capsys, options, said):

@@ -168,7 +168,7 @@ def test_another_network_is_named_with_its_tensors(source, tmp_path):
     )
     assert " and 12 more: " in error
     assert "layers.1.0.weight (nothing there, [8] here)" in refused("--model.net.depth=2")
-    assert "outputs.1.weight ([1, 8] there, [2, 8] here)" in refused("--data=fmlit.data.Moons")
+    assert "outputs.1.weight ([1, 8] there, [2, 8] here)" in refused("--data=fmlit.Moons")
     assert runs_in(tmp_path) == ["source"]
 
 

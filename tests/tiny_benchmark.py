@@ -7,13 +7,13 @@ from fmlit.benchmark.workload import Setup
 RECIPE = """
 images: 64
 model:
-  class_path: fmlit.modules.FlowMatchingModule
+  class_path: fmlit.FlowMatchingModule
   init_args:
     net:
-      class_path: fmlit.networks.UNet
+      class_path: fmlit.UNet
       init_args: {channels: 32, multipliers: [1, 2], blocks: 1, attention: [4], head_channels: 32, dropout: 0.0}
     conditional: true
-data: {class_path: fmlit.data.Digits, init_args: {batch_size: 4}}
+data: {class_path: fmlit.Digits, init_args: {batch_size: 4}}
 ema: {half_lives: [100, 200]}
 trainer: {gradient_clip_val: 1.0}
 """

@@ -14,13 +14,13 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 RECIPE = """
 images: 320
 model:
-  class_path: fmlit.modules.FlowMatchingModule
+  class_path: fmlit.FlowMatchingModule
   init_args:
     net:
-      class_path: fmlit.networks.MLP
+      class_path: fmlit.MLP
       init_args: {width: 8, depth: 1}
 data:
-  class_path: fmlit.data.TwoPoints
+  class_path: fmlit.TwoPoints
   init_args: {samples: 64, batch_size: 16}
 ema: {half_lives: [100]}
 samples: {every: null}

@@ -23,15 +23,15 @@ from fmlit import cli
 RECIPE = """
 images: 2400
 model:
-  class_path: fmlit.modules.FlowMatchingModule
+  class_path: fmlit.FlowMatchingModule
   init_args:
     net:
-      class_path: fmlit.networks.UNet
+      class_path: fmlit.UNet
       init_args: {channels: 16, multipliers: [1, 2], blocks: 1, attention: [], head_channels: 16, dropout: 0.2}
     learning_rate: 1.0e-3
     warmup_images: 240
 data:
-  class_path: fmlit.data.Digits
+  class_path: fmlit.Digits
   init_args: {batch_size: 12}
 ema: {half_lives: [200]}
 samples: {every: null}

@@ -161,7 +161,7 @@ def test_a_short_soak(ranks, tmp_path):
 
 
 def test_a_preempted_run_goes_on_in_the_same_wandb_run(tmp_path):
-    options = ("--trainer.logger=fmlit.loggers.WandbLogger", "--images=600")
+    options = ("--trainer.logger=fmlit.WandbLogger", "--images=600")
     environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     job = Job(tmp_path, *options, environment=environment)
     job.wait_until(trained)
