@@ -9,39 +9,99 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "fmlit.paths": ("CondOTPath", "CosinePath", "GaussianPath", "PolynomialPath", "VPPath"),
-    "fmlit.predictions": ("Data", "Noise", "Prediction", "PreconditionedVelocity", "Score", "Velocity"),
-    "fmlit.mixtures": ("GaussianMixture",),
-    "fmlit.times": ("EDMGrid", "Grid", "LogitNormalTime", "LogitSNRGrid", "TimeLaw", "UniformGrid", "UniformTime"),
-    "fmlit.couplings": ("Coupling", "IndependentCoupling", "OptimalTransportCoupling"),
-    "fmlit.dynamics": ("BetaDiffusion", "ConstantDiffusion", "Diffusion", "ReverseDiffusion"),
-    "fmlit.likelihood": ("bits_per_dimension", "log_likelihood"),
-    "fmlit.networks": ("MLP", "UNet"),
-    "fmlit.generative": ("GenerativeModel",),
-    "fmlit.samplers": ("ChurnSampler", "ODESampler", "SDESampler", "Sampler"),
-    "fmlit.data.base": ("DataModule",),
-    "fmlit.data.cifar10": ("CIFAR10",),
-    "fmlit.data.digits": ("Digits",),
-    "fmlit.data.folder": ("ImageFolder",),
-    "fmlit.data.mnist": ("MNIST",),
-    "fmlit.data.toys": ("Checkerboard", "Moons", "TwoPoints"),
-    "fmlit.metrics.dinov2": ("DINOv2Features",),
-    "fmlit.metrics.features": ("Features", "NetworkFeatures", "PixelFeatures"),
-    "fmlit.metrics.inception": ("InceptionFeatures",),
-    "fmlit.loggers": ("WandbLogger",),
-    "fmlit.modules": ("FlowMatchingModule", "GenerativeModule", "ScoreMatchingModule"),
+_HOMES = {  # defining module: its public names
+    "fmlit.flows.couplings": "Coupling IndependentCoupling OptimalTransportCoupling",
+    "fmlit.flows.diffusions": "BetaDiffusion ConstantDiffusion Diffusion ReverseDiffusion",
+    "fmlit.flows.mixtures": "GaussianMixture",
+    "fmlit.flows.paths": "CondOTPath CosinePath GaussianPath PolynomialPath VPPath",
+    "fmlit.flows.predictions": "Data Noise PreconditionedVelocity Prediction Score Velocity",
+    "fmlit.flows.times": "LogitNormalTime TimeLaw UniformTime",
+    "fmlit.solvers.likelihood": "bits_per_dimension log_likelihood",
+    "fmlit.models.generative_model": "GenerativeModel",
+    "fmlit.models.mlp": "MLP",
+    "fmlit.models.unet": "UNet",
+    "fmlit.sampling.grids": "EDMGrid Grid LogitSNRGrid UniformGrid",
+    "fmlit.sampling.samplers": "ChurnSampler ODESampler SDESampler Sampler",
+    "fmlit.data.cifar10": "CIFAR10",
+    "fmlit.data.data_module": "DataModule",
+    "fmlit.data.digits": "Digits",
+    "fmlit.data.image_folder": "ImageFolder",
+    "fmlit.data.mnist": "MNIST",
+    "fmlit.data.toys": "Checkerboard Moons TwoPoints",
+    "fmlit.metrics.dinov2": "DINOv2Features",
+    "fmlit.metrics.features": "Features NetworkFeatures PixelFeatures",
+    "fmlit.metrics.inception": "InceptionFeatures",
+    "fmlit.training.loggers": "WandbLogger",
+    "fmlit.training.modules": "FlowMatchingModule GenerativeModule ScoreMatchingModule",
 }
-PUBLIC = {name: module for module, names in _HOMES.items() for name in names}  # public name to defining module
+PUBLIC = {name: module for module, names in _HOMES.items() for name in names.split()}
+FOLDERS = ("core", "flows", "solvers", "models", "sampling", "data", "metrics", "storage", "training", "evaluation")
 
-__all__ = ["__version__", *sorted(PUBLIC)]
+__all__ = ["__version__", *PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in PUBLIC:
-        raise AttributeError(f"module 'fmlit' has no attribute {name!r}")
-    return getattr(import_module(PUBLIC[name]), name)
+    if name in PUBLIC:
+        return getattr(import_module(PUBLIC[name]), name)
+    if name in FOLDERS:
+        return import_module(f"fmlit.{name}")
+    raise AttributeError(f"module 'fmlit' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *PUBLIC})
+    return sorted({*globals(), *PUBLIC, *FOLDERS})
+
+
+if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from fmlit.data.cifar10 import CIFAR10 as CIFAR10
+    from fmlit.data.data_module import DataModule as DataModule
+    from fmlit.data.digits import Digits as Digits
+    from fmlit.data.image_folder import ImageFolder as ImageFolder
+    from fmlit.data.mnist import MNIST as MNIST
+    from fmlit.data.toys import Checkerboard as Checkerboard
+    from fmlit.data.toys import Moons as Moons
+    from fmlit.data.toys import TwoPoints as TwoPoints
+    from fmlit.flows.couplings import Coupling as Coupling
+    from fmlit.flows.couplings import IndependentCoupling as IndependentCoupling
+    from fmlit.flows.couplings import OptimalTransportCoupling as OptimalTransportCoupling
+    from fmlit.flows.diffusions import BetaDiffusion as BetaDiffusion
+    from fmlit.flows.diffusions import ConstantDiffusion as ConstantDiffusion
+    from fmlit.flows.diffusions import Diffusion as Diffusion
+    from fmlit.flows.diffusions import ReverseDiffusion as ReverseDiffusion
+    from fmlit.flows.mixtures import GaussianMixture as GaussianMixture
+    from fmlit.flows.paths import CondOTPath as CondOTPath
+    from fmlit.flows.paths import CosinePath as CosinePath
+    from fmlit.flows.paths import GaussianPath as GaussianPath
+    from fmlit.flows.paths import PolynomialPath as PolynomialPath
+    from fmlit.flows.paths import VPPath as VPPath
+    from fmlit.flows.predictions import Data as Data
+    from fmlit.flows.predictions import Noise as Noise
+    from fmlit.flows.predictions import PreconditionedVelocity as PreconditionedVelocity
+    from fmlit.flows.predictions import Prediction as Prediction
+    from fmlit.flows.predictions import Score as Score
+    from fmlit.flows.predictions import Velocity as Velocity
+    from fmlit.flows.times import LogitNormalTime as LogitNormalTime
+    from fmlit.flows.times import TimeLaw as TimeLaw
+    from fmlit.flows.times import UniformTime as UniformTime
+    from fmlit.metrics.dinov2 import DINOv2Features as DINOv2Features
+    from fmlit.metrics.features import Features as Features
+    from fmlit.metrics.features import NetworkFeatures as NetworkFeatures
+    from fmlit.metrics.features import PixelFeatures as PixelFeatures
+    from fmlit.metrics.inception import InceptionFeatures as InceptionFeatures
+    from fmlit.models.generative_model import GenerativeModel as GenerativeModel
+    from fmlit.models.mlp import MLP as MLP
+    from fmlit.models.unet import UNet as UNet
+    from fmlit.sampling.grids import EDMGrid as EDMGrid
+    from fmlit.sampling.grids import Grid as Grid
+    from fmlit.sampling.grids import LogitSNRGrid as LogitSNRGrid
+    from fmlit.sampling.grids import UniformGrid as UniformGrid
+    from fmlit.sampling.samplers import ChurnSampler as ChurnSampler
+    from fmlit.sampling.samplers import ODESampler as ODESampler
+    from fmlit.sampling.samplers import Sampler as Sampler
+    from fmlit.sampling.samplers import SDESampler as SDESampler
+    from fmlit.solvers.likelihood import bits_per_dimension as bits_per_dimension
+    from fmlit.solvers.likelihood import log_likelihood as log_likelihood
+    from fmlit.training.loggers import WandbLogger as WandbLogger
+    from fmlit.training.modules import FlowMatchingModule as FlowMatchingModule
+    from fmlit.training.modules import GenerativeModule as GenerativeModule
+    from fmlit.training.modules import ScoreMatchingModule as ScoreMatchingModule

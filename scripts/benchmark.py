@@ -2,8 +2,8 @@
 
 import sys
 
-from fmlit.benchmark.command import benchmark
-from fmlit.commands.options import run
+from benchmarks.command import benchmark
+from fmlit.cli.options import run
 
 if __name__ == "__main__":
     run(benchmark, sys.argv[1:])

@@ -2,8 +2,8 @@
 
 import sys
 
-from fmlit.commands.evaluate import evaluate
-from fmlit.commands.options import run
+from fmlit.cli.evaluate import evaluate
+from fmlit.cli.options import run
 
 if __name__ == "__main__":
     run(evaluate, sys.argv[1:])

@@ -2,8 +2,8 @@
 
 import sys
 
-from fmlit.commands.export import export
-from fmlit.commands.options import run
+from fmlit.cli.export import export
+from fmlit.cli.options import run
 
 if __name__ == "__main__":
     run(export, sys.argv[1:])

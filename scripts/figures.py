@@ -2,8 +2,8 @@
 
 import sys
 
-from fmlit.commands.options import run
-from fmlit.figures.command import figures
+from docs.draw.command import figures
+from fmlit.cli.options import run
 
 if __name__ == "__main__":
     run(figures, sys.argv[1:])

@@ -2,8 +2,8 @@
 
 import sys
 
-from fmlit.commands.options import run
-from fmlit.commands.sample import sample
+from fmlit.cli.options import run
+from fmlit.cli.sample import sample
 
 if __name__ == "__main__":
     run(sample, sys.argv[1:])

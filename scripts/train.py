@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from fmlit.cli import train
+from fmlit.cli.train import train
 
 if __name__ == "__main__":
     train(sys.argv[1:], default_config=Path(__file__).parent.parent / "configs" / "quickstart.yaml")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from fmlit.data.base import DataModule, Split
-from fmlit.data.datasets import InMemoryDataset
+from fmlit.data.data_module import DataModule, Split
 from fmlit.data.downloads import OfficialFiles
+from fmlit.data.stores import InMemoryDataset
 
 
 class CIFAR10(DataModule):

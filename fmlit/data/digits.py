@@ -2,8 +2,8 @@
 
 import torch
 
-from fmlit.data.base import DataModule, Split
-from fmlit.data.datasets import InMemoryDataset
+from fmlit.data.data_module import DataModule, Split
+from fmlit.data.stores import InMemoryDataset
 
 
 class Digits(DataModule):

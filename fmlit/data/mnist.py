@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from fmlit.data.base import DataModule, Split
-from fmlit.data.datasets import InMemoryDataset
+from fmlit.data.data_module import DataModule, Split
 from fmlit.data.downloads import OfficialFiles
+from fmlit.data.stores import InMemoryDataset
 
 # Of the unpacked files. torchvision knows sums of the archives only, and takes whatever lies under an unpacked name.
 SHA256 = {

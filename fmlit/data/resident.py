@@ -5,7 +5,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fmlit.data.datasets import InMemoryDataset
+from fmlit.data.stores import InMemoryDataset
 
 SHARE = 0.25  # of the free memory that a data set may take; the rest is the network's
 

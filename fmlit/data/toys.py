@@ -5,9 +5,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from fmlit.data.base import DataModule, Split
-from fmlit.data.datasets import InMemoryDataset
-from fmlit.randomness import key
+from fmlit.core.randomness import key
+from fmlit.data.data_module import DataModule, Split
+from fmlit.data.stores import InMemoryDataset
 
 
 class ToyData(DataModule):

@@ -110,7 +110,7 @@ def push(records: Sequence[Record], picture: Path | None, project: str, folder: 
     """Send table and plot to W&B: one run per results folder, however often the sweep is gone on with."""
     import wandb
 
-    from fmlit.loggers import WandbLogger
+    from fmlit.training.loggers import WandbLogger
 
     logger = WandbLogger(project=project)
     logger.attach(folder)

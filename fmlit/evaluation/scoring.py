@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmlit import likelihood, solvers
+from fmlit import solvers
+from fmlit.core.processes import Ranks
+from fmlit.core.progress import progress
+from fmlit.core.randomness import training_generator
+from fmlit.core.tensors import expand_time
 from fmlit.data import DataModule
-from fmlit.data.datasets import LabelledDataset
-from fmlit.fields import guided_velocity
-from fmlit.generative import GenerativeModel, evaluation_mode
+from fmlit.data.stores import LabelledDataset
+from fmlit.flows.times import sampling_limits
 from fmlit.metrics import (
     ClassReader,
     Features,
@@ -26,13 +29,11 @@ from fmlit.metrics import (
     nearest_neighbours,
     reference_statistics,
 )
+from fmlit.metrics.image_quality import Metric
 from fmlit.metrics.protocol import count_label
-from fmlit.metrics.quality import Metric
-from fmlit.metrics.ranks import Ranks
-from fmlit.outputs import progress
-from fmlit.randomness import training_generator
-from fmlit.tensors import expand_time
-from fmlit.times import sampling_limits
+from fmlit.models.generative_model import GenerativeModel, evaluation_mode
+from fmlit.sampling.guidance import guided_velocity
+from fmlit.solvers import likelihood
 
 METRICS = (*get_args(Metric), "class", "bpd")
 READABLE = 10_000  # real images that the class reader is fitted to: its time is quadratic in their number

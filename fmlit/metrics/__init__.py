@@ -5,16 +5,16 @@ for images in stream: quality.update(images)
 scores = quality.reduce().compute()                              # {"fid_50k": ..., "kid_10k": ...}
 """
 
+from fmlit.metrics.class_accuracy import ClassReader
 from fmlit.metrics.cost import Cost
 from fmlit.metrics.dinov2 import DINOv2Features
 from fmlit.metrics.features import Features, NetworkFeatures, PixelFeatures
 from fmlit.metrics.frechet import GaussianStatistics, frechet_distance
+from fmlit.metrics.image_quality import ImageQuality
 from fmlit.metrics.inception import InceptionFeatures
 from fmlit.metrics.kernel import kernel_distance
-from fmlit.metrics.neighbours import nearest_neighbours, precision_recall
+from fmlit.metrics.precision_recall import nearest_neighbours, precision_recall
 from fmlit.metrics.protocol import Protocol
-from fmlit.metrics.quality import ImageQuality
-from fmlit.metrics.reader import ClassReader
 from fmlit.metrics.reference import Reference, reference_statistics
 
 __all__ = [

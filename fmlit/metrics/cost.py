@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fmlit.metrics.ranks import Ranks
+from fmlit.core.processes import Ranks
 
 
 @dataclass(frozen=True)

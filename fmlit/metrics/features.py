@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fmlit.tensors import from_uint8
+from fmlit.core.tensors import from_uint8
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fmlit.metrics.ranks import Ranks
+from fmlit.core.processes import Ranks
 
 
 class Gaussian(Protocol):

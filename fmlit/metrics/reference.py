@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fmlit.core.processes import Ranks
 from fmlit.metrics.features import Features
 from fmlit.metrics.frechet import GaussianStatistics
-from fmlit.metrics.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

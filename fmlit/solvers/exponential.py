@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmlit.dynamics import Field
-from fmlit.paths import GaussianPath
-from fmlit.predictions import Velocity
+from fmlit.core.tensors import Field
+from fmlit.flows.paths import GaussianPath
+from fmlit.flows.predictions import Velocity
 from fmlit.solvers.ode import batch_time, check_times, evaluate, march
 
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fmlit.dynamics import Field
+from fmlit.core.tensors import Field
 
 
 def euler(field: Field, x0: Tensor, times: Tensor, trajectory: bool = False) -> Tensor:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fmlit.dynamics import Field
-from fmlit.paths import GaussianPath
+from fmlit.core.tensors import Field
+from fmlit.flows.paths import GaussianPath
 from fmlit.solvers.exponential import data_and_noise, noise_levels
 from fmlit.solvers.ode import batch_time, evaluate, march
 
@@ -150,6 +150,6 @@ def _coefficient(diffusion: Field, x: Tensor, time: float) -> Tensor:
     if g.ndim and not fits:
         raise ValueError(
             f"diffusion must be a number or broadcast to x of shape {tuple(x.shape)} with as many dimensions, got "
-            f"{tuple(g.shape)}: expand a (B,) coefficient with fmlit.tensors.expand_time(sigma, x)"
+            f"{tuple(g.shape)}: expand a (B,) coefficient with fmlit.core.tensors.expand_time(sigma, x)"
         )
     return g

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_runs import same
-from tiny_cli import Outcome
 
-from fmlit import cli
+from fmlit.cli import train
+from tests.helpers.small_runs import same
+from tests.helpers.tiny_cli import Outcome
 
 # Dropout: what a resume has to repeat besides noise, times and order.
 RECIPE = """
@@ -41,7 +41,7 @@ trainer: {accelerator: cpu, log_every_n_steps: 1}
 """
 
 multiprocessing.set_forkserver_preload(
-    ["fmlit.cli", "diffusers.models.unets.unet_2d", "sklearn.datasets", "sklearn.model_selection", "torchvision"]
+    ["fmlit.cli.train", "diffusers.models.unets.unet_2d", "sklearn.datasets", "sklearn.model_selection", "torchvision"]
 )
 Fault = Callable[[int], None]
 
@@ -57,7 +57,7 @@ def _train(rank: int, folder: Path, args: Sequence[str], environment: dict[str, 
     torch.set_num_threads(1)
     if fault is not None:
         fault(rank)
-    cli.train(args, default_config=folder / "recipe.yaml")
+    train.train(args, default_config=folder / "recipe.yaml")
 
 
 class Job:

@@ -16,11 +16,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # run as a script
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script
 
-from jobs import RECIPE, Job, assert_same_training  # noqa: E402
-
-from fmlit.checkpoints import load, newest_valid  # noqa: E402
+from fmlit.storage.checkpoints import load, newest_valid
+from tests.faults.jobs import RECIPE, Job, assert_same_training
 
 INTERVAL = 5  # steps between checkpoints: 60 images in batches of 12
 STEPS_PER_KILL = 12

@@ -8,10 +8,10 @@ import threading
 
 import pytest
 import torch
-from jobs import Job
 
 from fmlit.data.downloads import OfficialFiles
-from fmlit.modules import FlowMatchingModule
+from fmlit.training.modules import FlowMatchingModule
+from tests.faults.jobs import Job
 
 pytestmark = pytest.mark.faults
 

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import RECIPE
+
+from tests.faults.jobs import RECIPE
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import RECIPE, Job
+
+from tests.faults.jobs import RECIPE, Job
 
 ROOT = Path(__file__).parents[2]
 NAMES = (f"fmlit{os.getpid()}a", f"fmlit{os.getpid()}b")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import Job, assert_same_training
-from soak import soak
 
-from fmlit.callbacks import SampleGrid
-from fmlit.samplers import ODESampler
+from fmlit.sampling.samplers import ODESampler
+from fmlit.training.callbacks import SampleGrid
+from tests.faults.jobs import Job, assert_same_training
+from tests.faults.soak import soak
 
 pytestmark = pytest.mark.faults
 IN_THE_MIDDLE = 240  # images, of 2,400

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import RECIPE, Job, assert_same_training
+
+from tests.faults.jobs import RECIPE, Job, assert_same_training
 
 ROOT = Path(__file__).parents[2]
 

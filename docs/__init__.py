@@ -1,0 +1,1 @@
+"""The documentation; ``docs.draw`` draws its pictures."""

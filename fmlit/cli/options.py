@@ -1,0 +1,143 @@
+"""What the scripts that start from a checkpoint share: typed options, the checkpoint, the sampler, a line of JSON."""
+
+import inspect
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from jsonargparse import auto_cli
+from jsonargparse.typing import register_type
+
+from fmlit.cli import errors
+from fmlit.cli.parsing import Parser
+from fmlit.core.processes import Ranks
+from fmlit.flows.diffusions import ConstantDiffusion, Diffusion
+from fmlit.models.generative_model import GenerativeModel
+from fmlit.sampling.grids import Grid
+from fmlit.sampling.samplers import ChurnSampler, ODEMethod, ODESampler, Precision, Sampler, SDEMethod, SDESampler
+from fmlit.storage.loading import load_model
+from fmlit.storage.run_folder import find_checkpoint
+
+
+class Integers(tuple[int, ...]):
+    """Whole numbers: ``5,10,20`` on the command line."""
+
+
+class Numbers(tuple[float, ...]):
+    """Numbers: ``1.0,1.5`` on the command line."""
+
+
+class Names(tuple[str, ...]):
+    """Words: ``fid,kid`` on the command line."""
+
+
+def _register(many: type, one: type, example: str) -> None:
+    def read(value: Any) -> Any:
+        items = value if isinstance(value, list | tuple) else str(value).split(",")
+        try:
+            return many(one(item.strip() if isinstance(item, str) else item) for item in items)
+        except ValueError as error:
+            raise ValueError(f"expected values such as {example}") from error
+
+    register_type(many, serializer=list, deserializer=read)
+
+
+_register(Integers, int, "5,10,20")
+_register(Numbers, float, "1.0,1.5")
+_register(Names, str, "one,two")
+
+
+def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str]) -> None:
+    """Call ``command`` with options from the command line, then print what it returns as one line of JSON.
+
+    The signature is the list of options, the docstring their help; ``--save-images`` is the same as ``--save_images``,
+    and a switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing.
+    """
+    with errors.one_line_errors(), warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes all that it is given
+        summary = auto_cli(
+            command,
+            args=_normalised(args, inspect.signature(command).parameters.values()),
+            as_positional=False,
+            parser_class=Parser,
+            description=(inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
+            usage=f"{Path(sys.argv[0]).name} [--KEY VALUE ...]",
+            allow_abbrev=False,
+        )
+        if summary is not None:
+            print(json.dumps(summary), flush=True)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """For people: without the line of code that it comes from."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) -> list[str]:
+    args = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
+    switches = {f"--{parameter.name}" for parameter in parameters if parameter.annotation is bool}
+    following = zip(args, [*args[1:], ""], strict=False)
+    alone = [arg in switches and after not in ("true", "false") for arg, after in following]
+    return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
+
+
+def build_sampler(
+    solver: str,
+    steps: int | None = None,
+    grid: Grid | None = None,
+    guidance: float = 1.0,
+    sigma: Diffusion | float | None = None,
+    precision: Precision = "float32",
+) -> Sampler:
+    """The sampler of a solver's name: an ODE's, an SDE's with ``sigma``, or churn. What is None keeps its default."""
+    odes, sdes = get_args(ODEMethod), get_args(SDEMethod)
+    if solver not in (*odes, *sdes, "churn"):
+        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join((*odes, *sdes, 'churn'))}")
+    if sigma is not None and solver not in sdes:
+        raise ValueError(f"sigma is the noise of an SDE, and {solver} takes none: choose from {', '.join(sdes)}")
+    diffusion = ConstantDiffusion(sigma) if isinstance(sigma, int | float) else sigma
+    options = {"steps": steps, "grid": grid, "sigma": diffusion}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given |= {"guidance": guidance, "precision": precision}
+    if solver == "churn":
+        return ChurnSampler(**given)
+    return (SDESampler if solver in sdes else ODESampler)(method=solver, **given)  # type: ignore
+
+
+def load_guide(path: str | None, trust: Sequence[str], device: torch.device) -> GenerativeModel | None:
+    """The model of a ``--guide``, by the first average of its checkpoint."""
+    return None if path is None else load_model(find_checkpoint(path, "guide"), "ema", trust, device)
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is this process's GPU if there is one, else the CPU."""
+    if device == "auto":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
+    except (AssertionError, RuntimeError) as error:  # no such device, or a torch without support for it
+        raise ValueError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from error
+    return torch.device(device)
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[Ranks]:
+    """All processes of torchrun, joined for the length of the block; a process that was started alone stays alone."""
+    joined = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if joined:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks.current()
+    finally:
+        if joined:
+            dist.destroy_process_group()

@@ -1,0 +1,197 @@
+"""``scripts/sample.py``: draw samples of a checkpoint."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmlit.cli.options import Names, build_sampler, choose_device, load_guide
+from fmlit.core.files import new_file, new_folder, replacing
+from fmlit.core.progress import progress
+from fmlit.core.randomness import image_seeds
+from fmlit.core.tensors import to_uint8
+from fmlit.data.image_files import save_npz, save_pngs
+from fmlit.flows.diffusions import Diffusion
+from fmlit.models.compilation import CompileMode, compile_net
+from fmlit.models.generative_model import GenerativeModel
+from fmlit.sampling.drawing import draw_samples, image_grid
+from fmlit.sampling.generate import generate
+from fmlit.sampling.grids import Grid
+from fmlit.sampling.samplers import Precision
+from fmlit.storage.loading import load_model, training_data
+from fmlit.storage.run_folder import find_checkpoint
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SHOWN = 10_000  # samples in the picture
+MOST_COLUMNS = 16
+STRIP_COLUMNS, STRIP_ROWS = 11, 10
+ANIMATED = 100  # samples in a trajectory
+FRAMES, FRAME_MS, LAST_FRAME_MS = 60, 60, 1500
+
+
+def sample(
+    checkpoint: str,
+    n: int = 100,
+    labels: Names | None = None,
+    solver: str = "heun",
+    steps: int | None = None,
+    guidance: float = 1.0,
+    grid: Grid | None = None,
+    sigma: Diffusion | float | None = None,
+    weights: str = "ema",
+    seed: int = 0,
+    batch_size: int = 250,
+    columns: int | None = None,
+    out: str = "samples.png",
+    save_images: str | None = None,
+    trajectory: str | None = None,
+    guide: str | None = None,
+    precision: Precision = "float32",
+    compile: CompileMode | None = None,
+    trust: Names = Names(),
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Draw samples of a trained model as a picture, and as files for other tools where asked.
+
+    Image i depends on the seed and on i alone, so that a larger n adds images to the same first ones. The last line of
+    output is JSON.
+
+    Args:
+        checkpoint: A checkpoint, or the folder of a run.
+        n: Number of samples.
+        labels: Classes, by id or by name: 3,7 or cat,dog. They are dealt in turn; by default all classes are.
+        solver: heun, euler, midpoint, rk4, dopri5, ddim, dpmpp_2m, dpmpp_3m, unipc, ipndm for the ODE; euler_maruyama,
+            stochastic_heun for the SDE; churn.
+        steps: Number of steps; by default 18, 250 for an SDE, 128 for churn.
+        guidance: Scale of classifier-free guidance, or of autoguidance where there is a guide; 1 is none.
+        grid: Where the steps lie.
+        sigma: Diffusion coefficient of an SDE: a number, or a class.
+        weights: ema for the first average, raw for the trained weights, or the name of an average.
+        seed: Of the noise.
+        batch_size: Samples at a time.
+        columns: Pictures per row of the grid; by default one for each class, or as many as rows.
+        out: PNG file for the grid of samples, 10000 at most (a plot, if the model makes vectors).
+        save_images: Folder for a PNG of each sample, or an .npz file for all (arr_0: uint8, N x H x W x C).
+        trajectory: Of the first samples, from noise to data: .png for a row of states each, .gif for an animation.
+        guide: Checkpoint of a weaker model of the same data (smaller, or less trained) for autoguidance.
+        precision: Of the network: float32, or bfloat16, which is faster on GPUs.
+        compile: Mode of torch.compile for the network: default, max-autotune, ...; by default it runs plainly.
+        trust: Packages besides fmlit whose classes the checkpoint may name.
+        device: auto, cpu, cuda, cuda:1, ...
+    """
+    if n < 1 or batch_size < 1 or (columns is not None and columns < 1):
+        raise ValueError(f"n, batch_size and columns must be at least 1, got {n}, {batch_size} and {columns}")
+    started = time.perf_counter()
+    file = find_checkpoint(checkpoint)
+    sampler = build_sampler(solver, steps, grid, guidance, sigma, precision)
+    where = choose_device(device)
+    model, weaker = load_model(file, weights, trust, where), load_guide(guide, trust, where)
+    sampler.check(model, weaker)
+    for part in (model, weaker):
+        if compile and part:
+            compile_net(part.net, compile)
+    picture = new_file(out, ".png")
+    path = None if trajectory is None else new_file(trajectory, ".png", ".gif")
+    if path == picture:
+        raise ValueError(f"out and trajectory are the same file {path}: give them different names")
+    if path is not None and len(model.shape) != 3:
+        raise ValueError(f"trajectories are drawn of images, and this model makes vectors of shape {model.shape}")
+    classes = choose_classes(model, labels, file, trust)
+    asked = None if classes is None else classes[torch.arange(n) % len(classes)]
+    per_row = columns or (
+        len(classes) if classes is not None and len(classes) <= MOST_COLUMNS else math.isqrt(n - 1) + 1
+    )
+
+    name = sampler.named(guided=weaker is not None)
+    with _files(save_images, vectors=len(model.shape) != 3) as save:
+        size = min(batch_size, n)
+        batches = generate(model, sampler, n, seed, size, asked, guide=weaker)
+        drawn = [samples.cpu() for _, samples in progress(batches, math.ceil(n / size), name)]
+        samples = torch.cat(drawn)
+        save(samples, asked)
+    _write(draw_samples(samples[:SHOWN], per_row), picture)
+    if path is not None:
+        indices = torch.arange(min(n, ANIMATED))
+        first = None if asked is None else asked[: len(indices)]
+        states = to_uint8(sampler.sample(model, image_seeds(seed, indices), first, True, weaker)).cpu()
+        draw_trajectory(states, path, per_row)
+    files = {"picture": str(picture), "images": save_images, "trajectory": trajectory}
+    return {
+        **{name: value for name, value in files.items() if value is not None},
+        **{"n": n, "seed": seed, "weights": weights, "sampler": name},
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def choose_classes(
+    model: GenerativeModel, labels: Sequence[str] | None, file: Path, trust: Sequence[str]
+) -> Tensor | None:
+    """Class ids, of numbers as they are and of names by the data set that the checkpoint was trained on.
+
+    All classes for None; None for a model without classes. Raises ValueError for a class that there is not.
+    """
+    if model.num_classes is None:
+        if labels:
+            raise ValueError(f"labels {','.join(labels)} were given, and this model knows no classes: leave them out")
+        return None
+    if labels is None:
+        return torch.arange(model.num_classes)
+    names: list[str] = []
+    if not all(label.isdecimal() for label in labels):
+        names = training_data(file, trust).class_names or []
+    ids = [int(label) if label.isdecimal() else names.index(label) if label in names else -1 for label in labels]
+    for label, class_id in zip(labels, ids, strict=True):
+        if not 0 <= class_id < model.num_classes:
+            known = f"0 to {model.num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
+            raise ValueError(f"labels: there is no class {label!r} in this model; choose from {known}")
+    return torch.tensor(ids)
+
+
+def draw_trajectory(states: Tensor, path: Path, columns: int) -> None:
+    """From noise to data, as a .gif whose frames are grids, or as a picture with a row for each of the first samples.
+
+    Args:
+        states: uint8 (points, B, C, H, W).
+        path: ending in .gif or .png.
+        columns: pictures per row of a frame.
+    """
+    if path.suffix.lower() == ".gif":
+        chosen = _spread(len(states), FRAMES)
+        frames = [image_grid(states[i], columns) for i in chosen]
+        durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
+        _write(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    else:
+        rows = states[_spread(len(states), STRIP_COLUMNS), :STRIP_ROWS].transpose(0, 1)
+        _write(image_grid(rows.flatten(0, 1), rows.shape[1]), path)
+
+
+def _spread(points: int, most: int) -> list[int]:
+    """At most so many of the numbers 0 ... points - 1, evenly spread, with both ends."""
+    return torch.linspace(0, points - 1, min(points, most)).round().long().tolist()
+
+
+@contextmanager
+def _files(path: str | None, vectors: bool) -> Iterator[Callable[[Tensor, Tensor | None], None]]:
+    """What saves samples at ``path``; looked at before they are drawn, and there as a whole or not at all."""
+    if path is None:
+        yield lambda samples, labels: None
+    elif Path(path).suffix == ".npz":
+        with replacing(new_file(path, ".npz")) as file:
+            yield lambda samples, labels: save_npz(file, samples if vectors else to_uint8(samples), labels)
+    elif vectors:
+        raise ValueError(f"save_images {path} must end in .npz: this model makes vectors")
+    else:
+        with new_folder(Path(path)) as folder:
+            yield lambda samples, labels: save_pngs(folder, to_uint8(samples))
+
+
+def _write(picture: "Image", path: Path, **options: Any) -> None:
+    with replacing(path) as file:
+        picture.save(file, path.suffix[1:], **options)

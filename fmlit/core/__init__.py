@@ -1,0 +1,1 @@
+"""Shared ground: tensors, randomness, files, processes, errors and progress bars."""

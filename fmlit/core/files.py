@@ -1,0 +1,112 @@
+"""Files that are there as a whole or not at all, and their SHA-256 in the format of ``sha256sum``."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from fmlit.core.processes import Ranks
+
+
+class Hash(NamedTuple):
+    """A line of ``sha256sum``: 64 hexadecimal digits, and the file's name."""
+
+    digest: str
+    name: str
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of ``path`` at once and durably when the block ends; if it fails, nothing is left."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: only there is a move atomic
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # makes the move itself durable
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class HashingWriter:
+    """What torch.save needs of a file, hashing on the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.flush = file, hashlib.sha256(), file.flush
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_hashes(path: Path) -> list[Hash]:
+    """What a file of hashes says; nothing where there is no such file, or no such line in it."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [Hash(*line) for line in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)]
+
+
+def write_hashes(path: Path, hashes: Iterable[Hash]) -> None:
+    with replacing(path) as file:
+        file.write("".join(f"{digest}  {name}\n" for digest, name in hashes).encode())
+
+
+@contextmanager
+def new_folder(path: Path, ranks: Ranks = Ranks()) -> Iterator[Path]:
+    """A folder to fill, by all ranks; it appears under its name when the block ends, and not at all if that fails.
+
+    Raises:
+        ValueError: there is something of that name already, other than an empty folder.
+        OSError: it cannot be written.
+    """
+    whole = path.resolve()  # "." has no name
+    partial = whole.with_name(f".{whole.name}.partial") if whole.name else whole
+
+    def begin() -> None:
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise ValueError(f"{path} exists already: remove it, or choose another name")
+        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+        partial.mkdir(parents=True)
+
+    def end() -> None:
+        partial.replace(whole)
+
+    ranks.from_first(begin)
+    try:
+        with ranks.failing_together():
+            yield partial
+        ranks.from_first(end)
+    except BaseException:
+        if ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def new_file(path: str, *endings: str) -> Path:
+    """A path that can be written, looked at before the work rather than after it; its folder is made.
+
+    Raises:
+        ValueError: it does not end in one of ``endings``.
+        OSError: its folder cannot be made or written.
+    """
+    file = Path(path)
+    if file.suffix.lower() not in endings:
+        raise ValueError(f"{path} must end in {' or '.join(endings)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK) or file.is_dir():
+        raise OSError(f"cannot write {path}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")
+    return file

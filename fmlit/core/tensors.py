@@ -1,0 +1,46 @@
+"""What everything shares of shapes and ranges: ``t`` expanded to ``x``, equal shapes, images to and from uint8."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Field = Callable[[Tensor, Tensor], Tensor]  # (x: (B, *shape), t: (B,)) -> like x; of a diffusion: broadcastable to x
+
+
+def expand_time(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` of shape (B,) as (B, 1, ..., 1), so that it multiplies ``x`` of shape (B, *shape) sample by sample.
+
+    The one place where time meets data. Plain broadcasting would silently multiply a (B,) tensor along the last
+    axis, which runs without error whenever B equals the image width.
+    """
+    if t.ndim != 1 or t.shape[0] != x.shape[0]:
+        raise ValueError(f"t must have shape ({x.shape[0]},) for x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
+    return t.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def check_like(x: Tensor, like: Tensor, what: str) -> None:
+    """Raise a ValueError that names ``what`` unless two tensors have one shape: they would be broadcast silently."""
+    if x.shape != like.shape:
+        raise ValueError(f"{what} must have the same shape, got {tuple(x.shape)} and {tuple(like.shape)}")
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 by clamping and rounding to the nearest level.
+
+    Raises:
+        ValueError: the images are integers, or a value is NaN or infinite (a cast would turn it into an ordinary grey
+            value).
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"expected images in [-1, 1] as floating-point numbers, got {images.dtype}")
+    if not torch.isfinite(images).all():
+        raise ValueError(f"images of shape {tuple(images.shape)} hold NaN or infinite values")
+    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 images to float32 in [-1, 1]."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"expected uint8 images, got {images.dtype}")
+    return images.float().div(127.5).sub(1.0)

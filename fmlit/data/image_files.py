@@ -1,0 +1,109 @@
+"""Sets of images on the disk, in the two forms that other tools read: a folder of PNGs, and ADM's ``.npz``.
+
+An ``.npz`` holds ``arr_0``, uint8 (N, H, W, C), and ``arr_1``, int64 class ids (N,), where there are classes
+(Dhariwal & Nichol 2021).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fmlit.data.decoding import FORMATS, PictureError, find_pictures
+from fmlit.data.image_folder import PictureFolder
+from fmlit.data.stores import InMemoryDataset, LabelledDataset
+
+
+def save_pngs(folder: Path, images: Tensor, first: int = 0) -> None:
+    """uint8 images (B, C, H, W), C = 1 or 3, as ``000000.png``, ``000001.png``, ... from number ``first`` on."""
+    from torchvision.transforms.functional import to_pil_image
+
+    for number, image in enumerate(images.cpu(), start=first):
+        to_pil_image(image).save(folder / f"{number:06d}.png")
+
+
+def save_npz(file: IO[bytes], samples: Tensor, labels: Tensor | None = None) -> None:
+    """uint8 images (B, C, H, W), channels last, or vectors (B, *shape) as they are; labels (B,)."""
+    channels_last = samples.permute(0, 2, 3, 1) if samples.ndim == 4 else samples
+    arrays = {"arr_0": channels_last.cpu().numpy()}
+    if labels is not None:
+        arrays["arr_1"] = labels.cpu().numpy()
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
+
+
+def read_images(path: str, shape: Sequence[int]) -> LabelledDataset:
+    """The images of a folder (at any depth) or an ``.npz``, none of them resized.
+
+    Args:
+        path: the folder or file.
+        shape: (C, H, W) that they must have. Where C = 1, colour files whose channels agree count as grey.
+
+    Raises:
+        ValueError: another size or type, colours where grey is wanted, a broken file: the file is named.
+    """
+    if Path(path).suffix == ".npz":
+        return _read_npz(path, tuple(shape))
+    names = find_pictures(path)
+    _check_sizes(path, names, tuple(shape))
+    pictures = PictureFolder(path, names, [0] * len(names), size=shape[1])
+    return pictures if shape[0] == 3 else _GreyPictures(pictures)
+
+
+class _GreyPictures(LabelledDataset):
+    """Grey pictures that were read as RGB, as one channel."""
+
+    def __init__(self, pictures: PictureFolder) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def fingerprint(self) -> str:
+        return self.pictures.fingerprint()
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        colours, labels = self.pictures.batch(indices)
+        coloured = (colours != colours[:, :1]).flatten(1).any(dim=1)
+        if coloured.any():
+            name = self.pictures.names[indices[int(coloured.nonzero()[0])]]
+            raise ValueError(f"{Path(self.pictures.root, name)} is in colour, and the data are grey images")
+        return colours[:, :1], labels
+
+
+def _check_sizes(root: str, names: Sequence[str], shape: tuple[int, ...]) -> None:
+    """Reading would resize and crop: an FID of resized images is another number."""
+    from PIL import Image
+
+    if shape[0] not in (1, 3) or shape[1] != shape[2]:
+        raise ValueError(f"images of shape {shape} are read from an .npz, not from a folder of pictures")
+    for name in names:
+        path = Path(root, name)
+        try:
+            with Image.open(path, formats=FORMATS) as picture:
+                width, height = picture.size
+        except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
+            raise PictureError(f"cannot read the picture {path} ({error}): repair or remove it") from error
+        if (height, width) != shape[1:]:
+            raise ValueError(
+                f"{path} is {width}x{height} pixels, and the data {shape[2]}x{shape[1]}: images are scored as they are"
+            )
+
+
+def _read_npz(path: str, shape: tuple[int, ...]) -> LabelledDataset:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = file["arr_0"]
+    except OSError:
+        raise
+    except Exception as error:  # zipfile and numpy have a dozen ways to say that a file is damaged
+        raise ValueError(f"{path} is no .npz with images in arr_0 ({error})") from error
+    expected = (*shape[1:], shape[0])
+    if images.dtype != np.uint8 or images.shape[1:] != expected:
+        raise ValueError(
+            f"arr_0 of {path} must be uint8 (N, {', '.join(map(str, expected))}) like the data, got {images.dtype} "
+            f"{images.shape}"
+        )
+    return InMemoryDataset(torch.from_numpy(images).permute(0, 3, 1, 2))

@@ -1,0 +1,1 @@
+"""The mathematics of flows and diffusions, without a training framework."""

@@ -1,0 +1,115 @@
+"""Time: the laws from which training draws t, the grids on which samplers walk, and the end-point cut-offs of both.
+
+Cut-offs live here and nowhere else. Where every conversion that is needed is regular, the clock runs over [0, 1].
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmlit.flows.paths import GaussianPath, VPPath
+from fmlit.flows.predictions import PreconditionedVelocity, Prediction, Velocity
+
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # noise-to-data ratios of EDM (Karras et al. 2022, table 1), for data of order 1
+TRAINING_MARGIN = 1e-3
+
+
+class Limits(NamedTuple):
+    """The part of the clock that is used: 0 <= start < end <= 1."""
+
+    start: float
+    end: float
+
+
+def training_limits(path: GaussianPath, prediction: Prediction) -> Limits:
+    """Times from which the velocity loss is finite and has finite variance.
+
+    A velocity network on a path with bounded derivatives needs no cut. On the VP path the velocity diverges like
+    (1-t)^-1/2, preconditioning divides by s, which vanishes with the velocity of a polynomial path at t = 0, and every
+    other prediction divides by alpha or beta on its way to a velocity or a score.
+    """
+    regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
+    weight = prediction.loss_weight(path, torch.tensor([0.0, 1.0]))
+    regular = regular and (weight is None or bool(torch.isfinite(weight).all()))
+    return Limits(0.0, 1.0) if regular else Limits(TRAINING_MARGIN, 1.0 - TRAINING_MARGIN)
+
+
+def sampling_limits(
+    path: GaussianPath,
+    prediction: Prediction,
+    stochastic: bool = False,
+    sigma_min: float = SIGMA_MIN,
+    sigma_max: float = SIGMA_MAX,
+) -> Limits:
+    """Times at which the field that a sampler follows is regular.
+
+    An ODE that follows a velocity network runs over the whole clock, VP excepted. What needs a conversion to z, eps or
+    the score (every SDE does) stays where ``sigma_min <= beta / alpha <= sigma_max``; a sampler that ends early closes
+    with one denoising step.
+    """
+    regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
+    return Limits(0.0, 1.0) if regular and not stochastic else sigma_limits(path, sigma_min, sigma_max)
+
+
+def sigma_limits(path: GaussianPath, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Limits:
+    """The times at which ``beta / alpha`` equals sigma_max and sigma_min."""
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"noise levels must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    start, end = path.time_of_sigma(torch.tensor([sigma_max, sigma_min], dtype=torch.float64)).tolist()
+    return Limits(start, end)
+
+
+class TimeLaw(ABC):
+    """The distribution of training times, given by its quantile function.
+
+    With ``stratified`` the n draws fall one into each of n equally likely strata, in random order: the same law for
+    each draw, and a batch mean of lower variance (Kingma et al. 2021, appendix I).
+    """
+
+    stratified: bool
+
+    @abstractmethod
+    def quantile(self, u: Tensor) -> Tensor:
+        """The time below which a fraction u in [0, 1] of all draws lies; same shape as u."""
+
+    def sample(self, n: int, generator: torch.Generator, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
+        """(n,) float32 times on the generator's device, moved into the limits by clamping."""
+        device = generator.device
+        u = torch.rand(n, generator=generator, device=device, dtype=torch.float32)  # whatever the default is
+        if self.stratified:
+            u = (torch.randperm(n, generator=generator, device=device) + u) / n
+        return self.quantile(u).clamp(limits.start, limits.end)
+
+
+@dataclass(frozen=True)
+class UniformTime(TimeLaw):
+    """t uniform in [0, 1]."""
+
+    stratified: bool = False
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return u
+
+
+@dataclass(frozen=True)
+class LogitNormalTime(TimeLaw):
+    """t = sigmoid(n) with n ~ N(mean, std^2) (Esser et al. 2024, section 3.1).
+
+    On the CondOT path this is EDM's log-normal noise level: ln sigma = -logit t, so EDM's ln sigma ~ N(-1.2, 1.2^2) is
+    ``LogitNormalTime(mean=1.2, std=1.2)``.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    stratified: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.std > 0:
+            raise ValueError(f"LogitNormalTime.std must be positive, got {self.std}")
+
+    def quantile(self, u: Tensor) -> Tensor:
+        tiny = torch.finfo(u.dtype).eps
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u.clamp(tiny / 2, 1 - tiny)))

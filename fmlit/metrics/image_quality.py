@@ -1,0 +1,229 @@
+"""All metrics of a stream of generated images in one pass."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from fmlit.core.processes import Ranks
+from fmlit.core.tensors import to_uint8
+from fmlit.metrics.bottom_k import Reservoir, image_keys
+from fmlit.metrics.cost import Cost, Meter
+from fmlit.metrics.features import Features
+from fmlit.metrics.frechet import GaussianStatistics, frechet_distance
+from fmlit.metrics.kernel import kernel_distance
+from fmlit.metrics.precision_recall import NEAREST, precision_recall
+from fmlit.metrics.protocol import Protocol, metric_key
+from fmlit.metrics.reference import Reference
+
+Metric = Literal["fid", "kid", "precision", "recall"]
+INCEPTION_SCORE = ("is", "isc", "inception_score")
+FAR, FEW = 1.5, 0.01  # samples overshoot [-1, 1] a little: under strong guidance, 0.1 % of their values lie beyond 1.5
+
+
+def quantised(samples: Tensor) -> Tensor:
+    """Samples in [-1, 1], clamped and rounded to uint8; with a warning where they are of another range, or diverged.
+
+    Raises:
+        ValueError: they hold NaN or infinite values.
+    """
+    images = to_uint8(samples)
+    if (samples.abs() > FAR).float().mean() > FEW:
+        warnings.warn(
+            f"more than {FEW:.0%} of the samples' values lie beyond +-{FAR} and are clamped to [-1, 1]: the model is "
+            "hardly trained, sampling diverges, or its data have another range",
+            stacklevel=2,
+        )
+    return images
+
+
+class ImageQuality:
+    """Distances of generated images from one or more references, in one pass over the images::
+
+        quality = ImageQuality(InceptionFeatures(), reference, metrics=("fid", "kid"))
+        for images in stream: quality.update(images)
+        scores = quality.reduce().compute()          # {"fid_5k": 7.31, "kid_5k": 0.0021}
+
+    The Fréchet distance takes all images. Kernel distance, precision and recall take at most as many as the reference
+    keeps: a random subset that is the same for any order of the images and any number of processes.
+
+    Args:
+        features: on the device where they shall run.
+        reference: real images' statistics by the same features. Of several, e.g. train and test, the first is the one
+            that plain names speak of; the others' scores end in their split: ``fid_5k_test``.
+        metrics: any of fid, kid, precision, recall. Keys name the number of images behind each value, and the features
+            unless they are Inception's (see ``metric_key``).
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        reference: Reference | Sequence[Reference],
+        metrics: Sequence[Metric] = ("fid", "kid"),
+    ) -> None:
+        self.features = features
+        self.reference = reference
+        self.metrics = tuple(metrics)
+        self.references = (reference,) if isinstance(reference, Reference) else tuple(reference)
+        check_metrics(self.metrics)
+        _check_references(self.references, features)
+        self.statistics = GaussianStatistics()
+        wanted = max(len(r.features) for r in self.references) if set(self.metrics) - {"fid"} else 0
+        self._rows = Reservoir(wanted)
+        self._digest = 0
+        self._brightest = 0
+        self._reduced = False
+        self._meter = Meter(features.device)
+
+    @property
+    def count(self) -> int:
+        """Number of images seen; after ``reduce`` by all ranks."""
+        return self.statistics.count
+
+    @property
+    def digest(self) -> str:
+        """Of the set of images, whatever their order and whoever saw which: equal digests, equal images."""
+        return f"{self._digest % 2**64:016x}"
+
+    def update(self, images: Tensor) -> None:
+        """Add generated uint8 images (B, C, H, W), of the reference's height and width; B may be 0.
+
+        Raises:
+            ValueError: for any other input; nothing is counted then.
+            RuntimeError: after ``reduce``.
+        """
+        if self._reduced:
+            raise RuntimeError("these metrics were reduced over ranks already: start with a new ImageQuality")
+        self._check_images(images)
+        if len(images) == 0:
+            return
+        with self._meter.timing("features"):
+            features = self.features(images)
+        keys = image_keys(images)
+        self.statistics.update(features)
+        self._digest += sum(keys.tolist())
+        self._brightest = max(self._brightest, int(images.max()))
+        if self._rows.capacity:
+            self._rows.update(keys, features)
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.is_floating_point() and not torch.isfinite(images).all():
+            raise ValueError(f"generated images of shape {tuple(images.shape)} hold NaN or infinite values")
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"expected uint8 images (B, C, H, W), got {images.dtype} of shape {tuple(images.shape)}: "
+                "fmlit.core.tensors.to_uint8 converts from [-1, 1]"
+            )
+        expected = self.references[0].image_shape
+        if tuple(images.shape[-2:]) != expected[-2:]:
+            raise ValueError(
+                f"generated images are {images.shape[-2]}x{images.shape[-1]} pixels and the reference's "
+                f"{expected[-2]}x{expected[-1]}: distances between sizes mean nothing"
+            )
+
+    def reduce(self) -> Self:
+        """Bring together what all ranks of torch.distributed have seen; returns itself.
+
+        Every rank must call it, also one that saw no images. Then any single rank may call ``compute``.
+        """
+        if not self._reduced:
+            self._meter.lap("seconds")
+            ranks = Ranks.current()
+            self.statistics = self.statistics.reduce(ranks)
+            self._rows = self._rows.reduce(ranks) if self._rows.capacity else self._rows
+            digests, brightest = zip(*ranks.gather_objects((self._digest, self._brightest)), strict=True)
+            self._digest, self._brightest = sum(digests), max(brightest)
+            self._reduced = True
+        return self
+
+    def compute(self) -> dict[str, float]:
+        """All scores of the images seen; without communication.
+
+        Raises:
+            ValueError: fewer than 2 images were seen, or too few for the neighbours of precision and recall.
+        """
+        if self.count < 2:
+            raise ValueError(f"image quality needs at least 2 generated images, got {self.count}")
+        if self._brightest <= 1:
+            warnings.warn(
+                "no pixel of the generated images is brighter than 1 of 255: were images in [0, 1] cast to uint8?",
+                stacklevel=2,
+            )
+        scores: dict[str, float] = {}
+        with self._meter.timing("distances"):
+            for reference in self.references:
+                suffix = "" if reference is self.references[0] else f"_{reference.identity.split}"
+                scores |= {key + suffix: value for key, value in self._scores(reference).items()}
+        return scores
+
+    def cost(self) -> Cost:
+        """Time and memory since the construction; every rank must call it, after ``reduce`` and ``compute``."""
+        return self._meter.cost(self.count, Ranks.current())
+
+    def _scores(self, reference: Reference) -> dict[str, float]:
+        scores = {}
+        if "fid" in self.metrics:
+            self._warn_of_deficient_rank(reference)
+            scores[self._key("fid", self.count)] = frechet_distance(self.statistics, reference)
+        device = self.features.device
+        real = reference.features.to(device)
+        rows = self._rows.rows[: len(real)].to(device)
+        if "kid" in self.metrics:
+            scores[self._key("kid", len(rows))] = kernel_distance(rows, real)
+        if {"precision", "recall"} & set(self.metrics):
+            both = precision_recall(rows, real[: len(rows)])._asdict()  # at equal counts: both depend on them
+            scores |= {self._key(name, len(rows)): value for name, value in both.items() if name in self.metrics}
+        return scores
+
+    def _key(self, metric: str, n: int) -> str:
+        return metric_key(metric, self.features.name, n)
+
+    def _warn_of_deficient_rank(self, reference: Reference) -> None:
+        fewest, dimension = min(self.count, reference.count), self.statistics.dimension
+        if fewest <= dimension:
+            warnings.warn(
+                f"a Fréchet distance from {fewest} images in {dimension} dimensions: the covariance is rank-deficient "
+                "and the value far above that of more images; compare it at equal counts only",
+                stacklevel=4,
+            )
+
+    def protocol(self, weights: str = "", sampler: str = "") -> Protocol:
+        """How the Fréchet distance to the first reference was measured; see ``Protocol`` for the arguments."""
+        identity = self.references[0].identity
+        preprocessing = self.features.preprocessing
+        return Protocol(identity.features, self.count, identity.split, preprocessing, identity.flip, weights, sampler)
+
+
+def check_metrics(metrics: Sequence[str], n: int | None = None) -> None:
+    """Raise a ValueError for metrics that there are not, or that ``n`` images are too few for."""
+    for metric in metrics:
+        if metric.lower() in INCEPTION_SCORE:
+            raise ValueError(
+                f"metric {metric!r} is not offered: the Inception Score needs the network's logits, which weights for "
+                "FID need not hold; take fid or kid"
+            )
+        if metric not in get_args(Metric):
+            raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(get_args(Metric))}")
+    if not metrics:
+        raise ValueError(f"no metrics: choose from {', '.join(get_args(Metric))}")
+    if n is not None and n <= NEAREST and {"precision", "recall"} & set(metrics):
+        raise ValueError(f"precision and recall need more than {NEAREST} samples, got n = {n}")
+
+
+def _check_references(references: tuple[Reference, ...], features: Features) -> None:
+    if not references:
+        raise ValueError("image quality needs at least one reference")
+    for reference in references:
+        identity = reference.identity
+        if (identity.features, identity.weights) != (features.name, features.fingerprint):
+            raise ValueError(
+                f"the reference holds {identity.features} features (weights {identity.weights or 'none'}), and "
+                f"generated images would be given {features.name} features (weights {features.fingerprint or 'none'})"
+            )
+        if reference.image_shape[-2:] != references[0].image_shape[-2:]:
+            raise ValueError(f"references of different image sizes: {[r.image_shape for r in references]}")
+    splits = [reference.identity.split for reference in references[1:]]
+    if len(set(splits)) < len(splits):
+        raise ValueError(f"two references of the same split among {splits}: their scores would share a name")

@@ -1,0 +1,1 @@
+"""Generative models and the networks inside them."""

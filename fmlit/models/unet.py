@@ -1,0 +1,117 @@
+"""Networks ``net(x, t, labels)``: what is trained. x (B, *shape), t (B,) in [0, 1], labels int64 (B,) or None.
+
+A network is built from the ``shape`` of its data and the number of classes; with classes it embeds one label more, the
+null label ``num_classes``, which stands for "unconditional".
+"""
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from fmlit.models.time_embedding import TIME_SCALE
+
+
+class UNet(nn.Module):
+    """``diffusers.UNet2DModel``, configured as the field's U-Net for small images; the defaults are CIFAR-10's.
+
+    Equal to the network of torchcfm and of "Improved DDPM" (Nichol & Dhariwal 2021) in shape, parameters and
+    initialisation: last convolution of every residual branch zero, so that training starts from the identity.
+
+    Args:
+        shape: (channels, height, width) of the images; the sides must be divisible by 2^(levels - 1).
+        num_classes: number of classes, or None for an unconditional network.
+        channels: width of the first level.
+        multipliers: width of each level as a multiple of ``channels``; the resolution halves between levels.
+        blocks: residual blocks per level.
+        attention: resolutions (heights in pixels) at which self-attention is used.
+        head_channels: channels of one attention head.
+        dropout: dropout probability in the residual blocks.
+        scale_shift: time and label scale and shift normalised activations (Dhariwal & Nichol 2021, "adaptive group
+            normalisation") instead of being added to them.
+        norm_groups: groups of the group normalisations; by default 32, or fewer where a group would have less than 4
+            channels.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        num_classes: int | None = None,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        head_channels: int = 64,
+        dropout: float = 0.1,
+        scale_shift: bool = False,
+        norm_groups: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape, self.num_classes = tuple(shape), num_classes
+        self.scale_shift = scale_shift
+        # The number, not the default: a checkpoint keeps it should the rule ever change, which no shape would tell.
+        self.norm_groups = _norm_groups(channels) if norm_groups is None else norm_groups
+        self.channels, self.multipliers, self.blocks = channels, tuple(multipliers), blocks
+        self.attention, self.head_channels, self.dropout = tuple(attention), head_channels, dropout
+        _check_unet(self)
+
+        from diffusers import UNet2DModel  # seconds to import, and only needed when a U-Net is really built
+
+        height = self.shape[1]
+        with_attention = [height // 2**level in self.attention for level in range(len(self.multipliers))]
+        unet = UNet2DModel(
+            sample_size=self.shape[1:],
+            in_channels=self.shape[0],
+            out_channels=self.shape[0],
+            block_out_channels=tuple(channels * m for m in self.multipliers),
+            layers_per_block=blocks,
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in with_attention),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(with_attention)),
+            attention_head_dim=head_channels,
+            norm_num_groups=self.norm_groups,
+            dropout=dropout,
+            resnet_time_scale_shift="scale_shift" if scale_shift else "default",
+            num_class_embeds=None if num_classes is None else num_classes + 1,
+        )
+        self.unet = cast(nn.Module, unet)
+        for name, module in self.unet.named_modules():
+            if name.endswith(("conv2", "to_out.0")) or name == "conv_out":
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.unet(x, t * TIME_SCALE, labels, return_dict=False)[0]
+
+
+def _norm_groups(channels: int) -> int:
+    """32, or fewer where a group would have less than 4 channels: one alone loses what time and label add to it."""
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels < 4 * groups:
+        groups //= 2
+    return groups
+
+
+def _check_unet(net: UNet) -> None:
+    if len(net.shape) != 3:
+        raise ValueError(f"UNet needs images (channels, height, width), got shape {net.shape}; use MLP for vectors")
+    if not net.multipliers or min(net.channels, net.blocks, net.head_channels, *net.multipliers) < 1:
+        given = f"{net.channels}, {net.blocks}, {net.head_channels} and {net.multipliers}"
+        raise ValueError(f"UNet needs channels, blocks, head_channels and multipliers of at least 1, got {given}")
+    if net.norm_groups < 1 or any(net.channels * m % net.norm_groups for m in net.multipliers):
+        raise ValueError(f"UNet.norm_groups {net.norm_groups} does not divide the widths of the levels")
+    factor = 2 ** (len(net.multipliers) - 1)
+    if net.shape[1] % factor or net.shape[2] % factor:
+        raise ValueError(
+            f"UNet.multipliers {net.multipliers} halve the image {len(net.multipliers) - 1} times: "
+            f"{net.shape[1]}x{net.shape[2]} is not divisible by {factor}; use fewer levels or another image size"
+        )
+    heights = [net.shape[1] // 2**level for level in range(len(net.multipliers))]
+    missing = [a for a in net.attention if a not in heights]
+    if missing:
+        raise ValueError(f"UNet.attention {missing[0]} is not among the resolutions {heights} of this network")
+    widths = [net.channels * m for m, h in zip(net.multipliers, heights, strict=True) if h in net.attention]
+    widths.append(net.channels * net.multipliers[-1])  # the middle block attends too
+    for width in widths:
+        if width % net.head_channels:
+            raise ValueError(f"UNet.head_channels {net.head_channels} does not divide the attention width {width}")

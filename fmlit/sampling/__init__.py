@@ -1,0 +1,1 @@
+"""From noise to samples: time grids, guidance, samplers and pictures."""

@@ -1,0 +1,184 @@
+"""Models to give away: weights as safetensors with a description beside them, and a folder that diffusers loads."""
+
+import copy
+import inspect
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+import fmlit
+from fmlit.core.files import Hash, read_hashes, sha256, write_hashes
+from fmlit.flows.predictions import Velocity
+from fmlit.models.generative_model import GenerativeModel
+from fmlit.models.time_embedding import TIME_SCALE
+from fmlit.models.unet import UNet
+from fmlit.storage import descriptions
+
+WEIGHTS, DESCRIPTION, DIFFUSERS = "model.safetensors", "model.json", "diffusers"
+INDEX = f"{WEIGHTS}.index.json"  # of several files: which tensor is in which
+HASHES = "SHA256SUMS"  # of all files of weights, as ``sha256sum --check`` reads it
+
+DType = Literal["float32", "float16", "bfloat16"]
+DTYPES: dict[DType, torch.dtype] = {name: getattr(torch, name) for name in get_args(DType)}
+
+
+def save(
+    model: GenerativeModel,
+    folder: Path,
+    origin: dict[str, Any] | None = None,
+    dtype: DType = "float32",
+    shard_mb: int | None = None,
+) -> None:
+    """Write a model's files into an existing folder.
+
+    Args:
+        model: what to write.
+        folder: where to.
+        origin: kept in the description as it is.
+        dtype: in which floating-point weights are stored.
+        shard_mb: megabytes (10^6 bytes) of weights per file; a larger tensor has a file of its own. None for one file.
+
+    Raises:
+        ValueError: no such ``dtype``, a file size below 1, or a weight beyond the range of ``dtype``, named.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if shard_mb is not None and shard_mb < 1:
+        raise ValueError(f"shard_mb must be at least 1 megabyte, got {shard_mb}")
+    most = sys.maxsize if shard_mb is None else shard_mb * 10**6
+    state = {name: _stored(name, tensor, dtype) for name, tensor in model.net.state_dict().items()}
+    save_torch_state_dict(state, folder, max_shard_size=most)
+    description = {"fmlit": fmlit.__version__, **(origin or {}), "dtype": dtype, "model": descriptions.describe(model)}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    (folder / "README.md").write_text(readme(model, dtype))
+    if isinstance(model.net, UNet):
+        # Not the method of diffusers' class, which warns of modules to be kept in float32 where there are none.
+        unet: Any = nn.Module.to(copy.deepcopy(model.net.unet), DTYPES[dtype])
+        unet.save_pretrained(folder / DIFFUSERS, max_shard_size=most)
+    written = sorted(folder.rglob("*.safetensors"))
+    for path in written:  # which safetensors creates for the owner's eyes only
+        path.chmod((folder / "README.md").stat().st_mode)
+    write_hashes(folder / HASHES, [Hash(sha256(path), path.relative_to(folder).as_posix()) for path in written])
+
+
+def _stored(name: str, tensor: Tensor, dtype: DType) -> Tensor:
+    """A copy as it is written: weights that share their memory in the network do not in a file."""
+    to = DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype
+    stored = tensor.detach().to("cpu", to, copy=True, memory_format=torch.contiguous_format)
+    if not torch.equal(stored.isinf(), tensor.isinf().cpu()):
+        most = torch.finfo(to).max
+        wider = [name for name, other in DTYPES.items() if torch.finfo(other).max > most]
+        raise ValueError(
+            f"{name} holds weights up to {tensor.abs().max():g}, and {dtype} ends at {most:g}: use "
+            f"{' or '.join(reversed(wider))}"
+        )
+    return stored
+
+
+def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | str = "cpu") -> GenerativeModel:
+    """The model that was exported into a folder, in evaluation mode; in float32, whatever its weights are stored in.
+
+    Args:
+        folder: what ``scripts/export.py`` wrote.
+        trust: packages besides fmlit whose classes may be built, see ``descriptions.build``.
+        device: where to put the model.
+
+    Raises:
+        ValueError: files that are missing, damaged, or do not fit each other.
+    """
+    folder = Path(folder)
+    try:
+        model = descriptions.build(json.loads((folder / DESCRIPTION).read_text())["model"], trust)
+        if not isinstance(model, GenerativeModel):
+            raise ValueError(f"{DESCRIPTION} describes a {type(model).__qualname__}, not a GenerativeModel")
+        model.net.load_state_dict(_read_weights(folder))
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} does not hold an exported model: {' '.join(str(error).split())}") from error
+    return model.to(device).float().eval()
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, from its one file or from those that its index lists."""
+    if not (folder / INDEX).exists():
+        return _read_file(folder, WEIGHTS)
+    files = json.loads((folder / INDEX).read_text())["weight_map"]
+    state: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        if Path(file).name != file:
+            raise ValueError(f"{INDEX} names {file}, which is outside of the folder")
+        shard = _read_file(folder, file)
+        if shard.keys() != {name for name, place in files.items() if place == file}:
+            raise ValueError(f"{file} does not hold the tensors that {INDEX} places there")
+        state |= shard
+    return state
+
+
+def _read_file(folder: Path, name: str) -> dict[str, Tensor]:
+    """One file of weights; compared with its hash, where one is known: a file may have come a long way."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    known = {file: digest for digest, file in read_hashes(folder / HASHES)}
+    if name in known and sha256(folder / name) != known[name]:
+        raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {HASHES}; copy it again")
+    try:
+        return load_file(folder / name)
+    except SafetensorError as error:
+        raise ValueError(f"{name} is damaged: {error}") from error
+
+
+def readme(model: GenerativeModel, dtype: DType = "float32") -> str:
+    """What somebody who has the folder alone needs to know of shapes, labels, time, path and prediction."""
+    labels = "It is unconditional."
+    if model.num_classes is not None:
+        labels = f"It knows the classes 0 to {model.num_classes - 1}; label {model.null_label} stands for none of them."
+    stored = "" if dtype == "float32" else f" Its weights are stored in {dtype} and loaded as float32."
+    parts = [
+        "# A generative model",
+        f"Made with fmlit {fmlit.__version__}. Samples have shape {model.shape}; images lie in [-1, 1]. "
+        f"{labels}{stored}",
+        "Time runs from t = 0, noise, to t = 1, data: `x_t = alpha(t) z + beta(t) eps`, with z the data and eps "
+        "standard normal noise.",
+        *(f"`{part}`\n\n{inspect.getdoc(part)}" for part in (model.path, model.prediction)),
+        WITH_FMLIT,
+    ]
+    if isinstance(model.net, UNet):
+        parts += [
+            f"The network itself is in {DIFFUSERS}/, and is given the time t as {TIME_SCALE:g} t.",
+            _with_diffusers(model),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+WITH_FMLIT = """```python
+from fmlit.storage.exports import load
+from fmlit.core.randomness import image_seeds
+from fmlit.sampling.samplers import ODESampler
+
+model = load(".")
+samples = ODESampler().sample(model, image_seeds(0, range(16)))
+```"""
+
+
+def _with_diffusers(model: GenerativeModel) -> str:
+    """How diffusers evaluates the network, and where that is a velocity, how Euler's method makes samples of it."""
+    labelled = model.num_classes is not None
+    shape = ", ".join(str(side) for side in (16, *model.shape))
+    euler = isinstance(model.prediction, Velocity)
+    lines = ["import torch", "from diffusers import UNet2DModel", ""]
+    lines += [f'unet = UNet2DModel.from_pretrained("{DIFFUSERS}").eval()', f"x = torch.randn({shape})"]
+    lines += ["labels = torch.zeros(16, dtype=torch.int64)"] if labelled else []
+    lines += ["for i in range(50):", "    t = torch.full((16,), i / 50)"] if euler else ["t = torch.full((16,), 0.5)"]
+    call = f"unet(x, {TIME_SCALE:g} * t{', labels' if labelled else ''}).sample"
+    if euler:
+        lines += ["    with torch.no_grad():", f"        x = x + {call} / 50"]
+    else:
+        lines += [f"output = {call}  # F at x and t"]
+    return "\n".join(["```python", *lines, "```"])

@@ -1,0 +1,1 @@
+"""Training with Lightning: modules, optimizers, averages, loggers and callbacks."""

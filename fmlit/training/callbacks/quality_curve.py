@@ -1,0 +1,148 @@
+"""FID and its relatives while training: a cheap curve at fixed seeds, on all ranks."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+
+from fmlit.core.processes import Ranks
+from fmlit.core.randomness import image_seeds
+from fmlit.data.stores import warn_of_uneven_classes
+from fmlit.metrics import Features, ImageQuality, PixelFeatures, Reference, reference_statistics
+from fmlit.metrics.image_quality import Metric, check_metrics, quantised
+from fmlit.sampling.generate import generate
+from fmlit.sampling.samplers import ODESampler, Sampler
+from fmlit.storage.checkpoints import load
+from fmlit.training.callbacks.checkpoint import goes_on_without, save
+from fmlit.training.callbacks.intervals import EveryImages, averages_of, check_sampler, log_metrics, sampled_model
+from fmlit.training.modules import GenerativeModule
+
+log = logging.getLogger(__name__)
+
+
+class QualityCurve(EveryImages):
+    """Scores ``n`` samples of the averaged weights against the training images, always from the same seeds.
+
+    All ranks share the sampling; the images do not depend on their number. Values are logged under names that carry n
+    and the features (``fid_5k``, ``fd_pixels_1k``), and the protocol string that they belong to is printed
+    once, with what they cost: time, and the peak memory of the rank that needs most. The checkpoint with the best first
+    metric, in the order below, is kept as ``checkpoints/best.ckpt``.
+
+    Args:
+        every: interval in training images; null for never.
+        n: number of samples. Below 2,048 the Inception covariance is rank-deficient; compare curves at equal n only.
+        features: in which distances are taken: ``InceptionFeatures`` for FID, ``PixelFeatures`` for sets of
+            tiny images.
+        metrics: any of fid, kid, precision, recall.
+        sampler: how to sample.
+        split: the part of the data to compare with.
+        batch_size: samples per batch and rank.
+        seed: of the samples.
+        cache: folder of the reference statistics, which are computed once.
+    """
+
+    def __init__(
+        self,
+        every: int | None = None,
+        n: int = 5_000,
+        features: Features = PixelFeatures(),
+        metrics: Sequence[Metric] = ("fid", "kid"),
+        sampler: Sampler = ODESampler(),
+        split: Literal["train", "test"] = "train",
+        batch_size: int = 250,
+        seed: int = 0,
+        cache: str = "data/statistics",
+    ) -> None:
+        super().__init__(every)
+        if n < 2 or batch_size < 1:
+            raise ValueError(
+                f"quality.n must be at least 2 and quality.batch_size at least 1, got {n} and {batch_size}"
+            )
+        check_metrics(metrics, n)
+        image_seeds(seed, [])  # fails now, rather than at the first score, where the seed is none
+        self.n, self.features, self.metrics, self.sampler = n, features, tuple(metrics), sampler
+        self.split, self.batch_size, self.seed, self.cache = split, batch_size, seed, cache
+        self.latest: dict[str, float] = {}
+        self.best: float | None = None
+        self._best_of: str | None = None  # the metric
+        self._reference: Reference | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        assert isinstance(pl_module, GenerativeModule)
+        if self.every is not None:
+            check_sampler(self.sampler, pl_module, "quality.sampler")
+            if len(pl_module.model.shape) != 3:
+                raise ValueError(
+                    "quality.every: these distances are of images, and the data are vectors; leave it null"
+                )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.every is None:
+            return
+        self._recall_best(Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt", trainer)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, GenerativeModule)
+        if pl_module.model.num_classes is not None:
+            warn_of_uneven_classes(data.dataset(self.split))
+        self.features.to(pl_module.device)
+        fingerprint = data.fingerprint(self.split)
+        self._reference = reference_statistics(
+            data.dataset(self.split), fingerprint, self.features, self.split, self.cache, batch_size=self.batch_size
+        )
+
+    def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+        assert self._reference is not None
+        model = sampled_model(trainer, module)
+        ranks = Ranks.current()
+        size = min(self.batch_size, self.n)  # the last batch is padded
+        with torch.autocast(module.device.type, enabled=False), ranks.failing_together():
+            quality = ImageQuality(self.features, self._reference, self.metrics)
+            for _, samples in generate(
+                model, self.sampler, self.n, self.seed, size, rank=ranks.rank, world_size=ranks.size
+            ):
+                quality.update(quantised(samples))
+        self.latest = ranks.from_first(quality.reduce().compute)
+        log_metrics(trainer, module, self.latest)
+        cost = quality.cost()
+        if self.best is None and trainer.is_global_zero:
+            weights = "ema" if averages_of(trainer) else "raw"
+            print(f"{next(iter(self.latest))} is {quality.protocol(weights, self.sampler.name)}; {cost}", flush=True)
+        name, first = next(iter(self.latest.items()))
+        if self._is_better(first, name):
+            before, self.best, self._best_of = (self.best, self._best_of), first, name
+            if problem := save(trainer, Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"):
+                if not goes_on_without(trainer):
+                    raise OSError(problem)
+                self.best, self._best_of = before
+                if trainer.is_global_zero:
+                    log.warning("%s; training goes on", problem)
+
+    def _is_better(self, value: float, name: str) -> bool:
+        if self.best is None or self._best_of not in (None, name):  # that was another metric, or of another count
+            return True
+        return value > self.best if name.startswith(("precision", "recall")) else value < self.best
+
+    def _recall_best(self, path: Path, trainer: pl.Trainer) -> None:
+        """The score of best.ckpt, where a run goes on: the last checkpoint is from before the scores of its step."""
+
+        def read() -> dict[str, Any] | None:
+            if not trainer.ckpt_path or not path.exists():
+                return None
+            try:
+                return dict(load(path)["callbacks"][self.state_key])
+            except (KeyError, OSError, TypeError, ValueError):  # damaged, or another program's
+                return None
+
+        found = Ranks.current().from_first(read)
+        if found and found.get("of") and self._is_better(found["best"], found["of"]):
+            self.load_state_dict(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "of": self._best_of}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self._best_of = state_dict["best"], state_dict.get("of")

@@ -1,0 +1,89 @@
+"""Pictures of samples while training."""
+
+import logging
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from fmlit.core.files import replacing
+from fmlit.core.processes import Ranks
+from fmlit.core.randomness import image_seeds
+from fmlit.models.generative_model import GenerativeModel
+from fmlit.sampling.drawing import draw_samples
+from fmlit.sampling.generate import generate
+from fmlit.sampling.samplers import ODESampler, Sampler
+from fmlit.training.callbacks.intervals import EveryImages, check_sampler, sampled_model
+from fmlit.training.modules import GenerativeModule
+
+log = logging.getLogger(__name__)
+
+MOST_ROWS = 16
+POINTS = 4096
+BATCHES = 4  # of a grid: how many ranks can share it
+
+
+class SampleGrid(EveryImages):
+    """Draws a grid of samples from the averaged weights, from the same noise every time; up to four ranks share it.
+
+    Written to ``<run>/samples/<images seen>.png`` and sent to every logger that takes pictures. A class-conditional
+    model shows one class per row. Data that are vectors are plotted instead.
+
+    Args:
+        every: interval in training images; null for never.
+        sampler: how to sample.
+        columns: pictures per row; unconditional grids are square.
+        seed: of the noise.
+    """
+
+    def __init__(
+        self, every: int | None = 500_000, sampler: Sampler = ODESampler(), columns: int = 10, seed: int = 0
+    ) -> None:
+        super().__init__(every)
+        if columns < 1:
+            raise ValueError(f"columns must be at least 1, got {columns}")
+        image_seeds(seed, [])  # fails now, rather than at the first picture, where the seed is none
+        self.sampler, self.columns, self.seed = sampler, columns, seed
+        self.newest: Path | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        assert isinstance(pl_module, GenerativeModule)
+        if self.every is not None:
+            check_sampler(self.sampler, pl_module, "samples.sampler")
+
+    def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+        model = sampled_model(trainer, module)
+        classes = model.num_classes
+        rows = self.columns if classes is None else min(classes, MOST_ROWS)
+        count = rows * self.columns if len(model.shape) == 3 else POINTS
+        labels = None if classes is None else (torch.arange(count) // self.columns) % classes
+        samples = self._draw(model, count, labels)
+        if not trainer.is_global_zero:
+            return
+        picture = draw_samples(samples, self.columns)
+        path = Path(trainer.default_root_dir) / "samples" / f"{module.images_seen:09d}.png"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                picture.save(file, "PNG")
+            self.newest = path
+        except OSError as error:  # whether a full disk ends the run, checkpoints say
+            log.warning("no picture %s (%s)", path, error.strerror or error)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_picture"):
+                logger.log_picture("samples", picture, module.images_seen, trainer.global_step)
+            elif hasattr(logger, "log_image"):
+                logger.log_image("samples", [picture], step=trainer.global_step)
+
+    def _draw(self, model: GenerativeModel, count: int, labels: Tensor | None) -> Tensor:
+        """Samples 0 ... count - 1 in their order, on every rank."""
+        ranks, size = Ranks.current(), -(-count // BATCHES)
+        with ranks.failing_together():
+            shares = generate(model, self.sampler, count, self.seed, size, labels, ranks.rank, ranks.size)
+            drawn = [(torch.tensor(indices), samples) for indices, samples in shares]
+        nothing = torch.zeros(0, *model.shape, device=model.device)
+        order = ranks.gather_rows(torch.cat([torch.zeros(0, dtype=torch.int64), *(indices for indices, _ in drawn)]))
+        samples = ranks.gather_rows(torch.cat([nothing, *(samples for _, samples in drawn)]))
+        return samples[order.argsort().to(samples.device)]

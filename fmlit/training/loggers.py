@@ -1,0 +1,285 @@
+"""Loggers that survive a resume: metrics.csv in the run folder, and one W&B run per run folder."""
+
+import contextlib
+import csv
+import io
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from fmlit.core.files import replacing
+from fmlit.storage.run_folder import wandb_id
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+# Seconds that W&B has for its last upload: fewer where a job may soon be killed, and has to be requeued before.
+PATIENCE = {"success": 120.0, "failed": 30.0}
+
+
+class MetricsFile(Logger):
+    """``metrics.csv`` in the run folder: a row per step, on the disk as soon as it is logged.
+
+    A resumed run goes on in the same file, without the rows that the killed run wrote after the checkpoint. Lightning's
+    CSVLogger would delete the file, writes two rows where two callbacks log at one step, and rewrites the file in place
+    when a new column comes.
+
+    Args:
+        run_folder: where the file is.
+        resumed_at: rows after this step are dropped from a file that is there already.
+    """
+
+    def __init__(self, run_folder: str | Path, resumed_at: int = 0) -> None:
+        super().__init__()
+        self.run_folder, self.resumed_at = run_folder, resumed_at
+        self._columns: list[str] = []
+        self._last: dict[str, Any] = {}
+        self._size = self._end = 0  # of the file, without its last row, and with it
+        self._failing = False
+
+    @property
+    def path(self) -> Path:
+        return Path(self.run_folder) / "metrics.csv"
+
+    @property
+    def name(self) -> str:
+        return Path(self.run_folder).name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.run_folder)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``config.yaml`` beside the file has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write a row, or complete the last one if that is of the same step. On a full disk rows are left out."""
+        try:
+            self._write(metrics, step)
+        except OSError as error:  # whether a full disk ends the run, checkpoints say
+            if not self._failing:
+                log.warning("%s: rows are left out (%s)", self.path, error.strerror or error)
+            self._failing, self._last = True, {}
+            if self._columns:  # until then the file is that of the launch before
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, self._end)  # the half of a row
+        else:
+            self._failing = False
+
+    def _write(self, metrics: Mapping[str, float], step: int | None) -> None:
+        if not self._columns:
+            self._rewrite(self._kept_rows())
+        same = step is not None and self._last.get("step") == step
+        self._last = {**(self._last if same else {}), "step": step, **metrics}
+        if any(column not in self._columns for column in self._last):
+            self._rewrite([*self._read()[: -1 if same else None], self._last])
+            return
+        if not same:
+            self._size = self._end
+        self._end = self._size  # if this fails
+        with self.path.open("r+", newline="") as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            file.write(self._lines([self._last]))
+        self._end = self.path.stat().st_size
+
+    def _kept_rows(self) -> list[dict[str, str]]:
+        """The rows of an interrupted run up to where it is resumed; a half-written one is none of them."""
+        steps = [(row, row.get("step") or "") for row in self._read()]
+        return [row for row, step in steps if step.isdecimal() and int(step) <= self.resumed_at]
+
+    def _read(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        text = self.path.read_text(errors="replace")
+        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the file by one with the columns of these rows, at once."""
+        before = self._columns
+        self._columns = list(dict.fromkeys(["step", "images_seen", *(column for row in rows for column in row)]))
+        header = io.StringIO(newline="")
+        csv.DictWriter(header, self._columns).writeheader()
+        head = (header.getvalue() + self._lines(rows[:-1])).encode()
+        last = self._lines(rows[-1:]).encode()
+        try:
+            with replacing(self.path) as file:
+                file.write(head + last)
+        except OSError:
+            self._columns = before  # those of the file that is still there
+            raise
+        self._size, self._end = len(head), len(head) + len(last)
+
+    def _lines(self, rows: list[dict[str, Any]]) -> str:
+        lines = io.StringIO(newline="")
+        csv.DictWriter(lines, self._columns, lineterminator="\n").writerows(rows)
+        return lines.getvalue()
+
+
+class WandbLogger(LightningWandbLogger):
+    """W&B with ``images_seen`` as x-axis, one run id per run folder, and no way to stop a training run.
+
+    The id is kept in the run folder and reused on resume. Without an API key, or when W&B cannot be reached, the run is
+    recorded offline and one line says how to upload it later. If W&B fails in the middle, training goes on without.
+
+    Args:
+        project: W&B project.
+        entity: W&B team or user; the account's default if None.
+        group: W&B group, e.g. for the seeds of one experiment.
+        tags: W&B tags.
+        offline: never try to connect.
+    """
+
+    def __init__(
+        self,
+        project: str = "fmlit",
+        entity: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        offline: bool = False,
+    ) -> None:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise ImportError(
+                f"wandb cannot be imported ({error}): pip install wandb, or leave this logger out"
+            ) from error
+        super().__init__(project=project, offline=offline, entity=entity, group=group, tags=tags)
+        self.project, self.entity, self.group, self.tags, self.offline = project, entity, group, tags, offline
+        self._failed = False
+
+    def attach(self, run_folder: Path) -> None:
+        """Record under this run folder, as the W&B run whose id is kept there."""
+        self._save_dir, self._name = str(run_folder), run_folder.name
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run; one that records nothing if W&B does not even start offline."""
+        if self._experiment is None:
+            self._experiment = self._start()
+            self._experiment.define_metric("images_seen")
+            self._experiment.define_metric("*", step_metric="images_seen")
+        return self._experiment
+
+    def _start(self) -> Any:
+        os.environ.setdefault("WANDB__SERVICE_WAIT", "300")  # its service takes minutes to start on a busy file system
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # for a server that does not answer; 90 s by default
+        import wandb
+
+        folder = Path(self._save_dir or ".")
+        arguments = {key: value for key, value in self._wandb_init.items() if key != "anonymous"}
+        arguments |= {"dir": str(folder), "name": folder.name, "id": wandb_id(folder)}
+        reason = self._why_offline(wandb.setup().settings)
+        if not reason:
+            try:
+                return wandb.init(**arguments)
+            except Exception as error:  # whatever it is, training goes on
+                reason = _first_line(error)
+                wandb.teardown()  # else the id stays in use
+        try:
+            run = wandb.init(**arguments, mode="offline", settings=wandb.Settings(silent=True))
+        except Exception as error:
+            log.warning("W&B: not recording this run (%s)", _first_line(error))
+            return wandb.init(mode="disabled")
+        # All of them: a resumed run writes another file, and they are uploaded together, in order.
+        log.warning("W&B: recording offline (%s); to upload: wandb sync %s/wandb/offline-run-*", reason, folder)
+        return run
+
+    def _why_offline(self, settings: Any) -> str:
+        """Why not to connect; empty where there is no reason not to."""
+        if self.offline or settings.mode == "offline":
+            return "as configured"
+        if settings.mode != "online" or settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+            return ""
+        from requests.utils import get_netrc_auth  # where `wandb login` puts the key; wandb depends on requests
+
+        return "" if get_netrc_auth(settings.base_url) else "no API key: run wandb login or set WANDB_API_KEY"
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        self._guard(lambda: super(WandbLogger, self).log_metrics(metrics, step))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        self._guard(lambda: super(WandbLogger, self).log_hyperparams(params))
+
+    @rank_zero_only
+    def log_picture(self, name: str, picture: "Image", images_seen: int, step: int) -> None:
+        """Log one picture at this place of the x-axis."""
+
+        def send() -> None:
+            import wandb
+
+            self.experiment.log({name: wandb.Image(picture), "images_seen": images_seen, "trainer/global_step": step})
+
+        self._guard(send)
+
+    @rank_zero_only
+    def mark_preempting(self) -> None:
+        """Tell W&B that the run will end with an error that is none, and be resumed."""
+        self._guard(lambda: self.experiment.mark_preempting())
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Upload what is left, and end the W&B run; without it, where its server does not answer."""
+        seconds = PATIENCE["success" if status == "success" else "failed"]
+
+        if (run := self._experiment) is not None:
+            upload = f"wandb sync {self._save_dir or '.'}/wandb/run-* uploads what it has not got"
+            self._guard(lambda: _within(seconds, lambda: run.finish(exit_code=int(status != "success")), upload))
+
+    def _guard(self, action: Callable[[], None]) -> None:
+        """Do it, unless W&B has failed before."""
+        if not self._failed:
+            try:
+                action()
+            except Exception as error:  # W&B's service can die at any time, and training must not die with it
+                self._failed = True
+                log.warning("W&B: no longer recording this run (%s); metrics.csv goes on", _first_line(error))
+                with contextlib.suppress(Exception, SystemExit):
+                    sys.modules["wandb"].teardown()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _within(seconds: float, action: Callable[[], None], otherwise: str) -> None:
+    """Do it in a thread, which is left alone if it takes longer.
+
+    Raises:
+        TimeoutError: it did.
+        Exception: its own.
+    """
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            action()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"its server has not answered for {seconds:g} s; {otherwise}")
+    if raised:
+        raise raised[0]

@@ -1,0 +1,154 @@
+"""Where a run starts: anew, with the weights of another run, or where it was interrupted; and whether these fit."""
+
+import inspect
+import pydoc
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fmlit.models.generative_model import GenerativeModel
+from fmlit.storage import exports
+from fmlit.storage.checkpoints import load, newest_valid
+from fmlit.storage.descriptions import describe
+from fmlit.storage.loading import load_model
+from fmlit.storage.run_folder import find_checkpoint
+from fmlit.training.modules import GenerativeModule
+
+MOST_DIFFERENCES = 3
+
+
+class Start(NamedTuple):
+    """Where training starts: at the beginning, or with the state of a checkpoint after so many steps and images.
+
+    ``weights`` is where the network of a new run comes from, if it does not start from scratch.
+    """
+
+    checkpoint: str | None = None
+    step: int = 0
+    images: int = 0
+    weights: str | None = None
+
+
+def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
+    """The newest checkpoint of a run folder, once it verifies and fits the module. For rank 0.
+
+    Args:
+        folder: the run folder.
+        module: what will be trained.
+        required: there must be one. A requeued job may not have saved any yet, and starts at the beginning.
+
+    Raises:
+        ValueError: there is none, or it is of another model; the message names the keys that differ.
+    """
+    checkpoints = folder / "checkpoints"
+    if not required and not any(checkpoints.glob("*.ckpt")):
+        return Start()
+    path = newest_valid(checkpoints)
+    checkpoint = load(path)
+    differences = list(
+        _differences(_lasting(checkpoint.get("model_description")), _lasting(describe(module.model)), "model")
+    )
+    differences = differences or list(_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())))
+    states = checkpoint.get("optimizer_states") or [{}]
+    trained_by_muon = len(states[0].get("param_groups", [{}])) > 1
+    if not differences and states[0] and trained_by_muon != module.muon:
+        differences.append(f"model.muon ({trained_by_muon} there, {module.muon} here)")
+    if differences:
+        raise ValueError(
+            f"{_listed(differences)}: {path} holds another model; resume with the configuration in "
+            f"{folder / 'config.yaml'}, or start a new run without --resume"
+        )
+    return Start(str(path), int(checkpoint["global_step"]), int(checkpoint["images_seen"]))
+
+
+def take_weights(path: str, module: GenerativeModule) -> None:
+    """Give the module's network the weights of a trained one. Nothing else is taken.
+
+    A description may name classes of fmlit, and of the modules from which the configured model itself comes.
+
+    Args:
+        path: a checkpoint, of which the first average counts; the folder of a run, for its newest checkpoint; or a
+            folder that ``scripts/export.py`` wrote.
+        module: what will be trained.
+
+    Raises:
+        ValueError: there is no such model, it cannot be built, or its network is another one; the message names the
+            tensors that differ.
+    """
+    parts = describe(module.model)["init_args"]
+    trust = [parts[name]["class_path"].rpartition(".")[0] for name in ("net", "path", "prediction")]
+    try:
+        found, model = _read(Path(path), trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"start_from: {error}") from error
+    weights, net = model.net.state_dict(), module.model.net
+    differences = list(_differences(_shapes(weights), _shapes(net.state_dict())))
+    if differences:
+        raise ValueError(
+            f"start_from: {_listed(differences)}: {found} holds another network; give model.net the arguments that it "
+            f"was trained with, on data with as many classes, or start without it"
+        )
+    net.load_state_dict({name: weights[_plain_name(name)] for name in net.state_dict()})
+
+
+def _read(path: Path, trust: list[str]) -> tuple[Path, GenerativeModel]:
+    """The file or folder that a path stands for, and the model in there."""
+    if (path / exports.DESCRIPTION).exists():
+        return path, exports.load(path, trust)
+    file = find_checkpoint(str(path), "start_from", "a .ckpt file, the folder of a run, or an exported one")
+    return file, load_model(file, trust=trust)
+
+
+def _lasting(description: Any) -> Any:
+    """A model's description without what may change in the course of a run: how noise and data are coupled."""
+    if not isinstance(description, Mapping):
+        return description
+    parts = {name: part for name, part in description.get("init_args", {}).items() if name != "coupled"}
+    return {**description, "init_args": parts}
+
+
+def _listed(differences: list[str]) -> str:
+    more = len(differences) - MOST_DIFFERENCES
+    return ", ".join(differences[:MOST_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
+    """``model.net.channels (64 there, 32 here)`` for each place at which two descriptions differ."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping) and there.get("class_path") == here.get("class_path"):
+        there = _completed(there, here)
+        for name in {**here, **there}:
+            inner = key if name == "init_args" else f"{key}.{name}".strip(".")
+            yield from _differences(there.get(name, "nothing"), here.get(name, "nothing"), inner)
+    elif _plain(there) != _plain(here):
+        yield f"{key} ({_plain(there)} there, {_plain(here)} here)"
+
+
+def _completed(there: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A description with the defaults of arguments that its class did not have yet when it was written.
+
+    A default of None leaves the value to the class, which then is what the other description says.
+    """
+    if not {"class_path", "init_args"} <= here.keys():
+        return there
+    given = there.get("init_args", {})
+    parameters = inspect.signature(pydoc.locate(here["class_path"])).parameters  # type: ignore[arg-type]  # it exists
+    new = [name for name in here["init_args"] if name not in given and name in parameters]
+    defaults = {name: parameters[name].default for name in new}
+    filled = {name: here["init_args"][name] if value is None else value for name, value in defaults.items()}
+    return {**there, "init_args": {**filled, **given}}
+
+
+def _plain(value: Any) -> Any:
+    """An object by its class; sequences alike, as files make no difference between lists and tuples."""
+    if isinstance(value, Mapping):
+        return value.get("class_path", dict(value))
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {_plain_name(name): list(value.shape) for name, value in state.items()}
+
+
+def _plain_name(name: str) -> str:
+    """Without what torch.compile puts into the names of tensors."""
+    return name.replace("_orig_mod.", "")

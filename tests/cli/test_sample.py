@@ -1,0 +1,223 @@
+"""``scripts/sample.py``: the samples that were asked for, in the files that were named, or a line that says why not."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fmlit.cli import sample as sampling
+from fmlit.cli.options import Integers, Names, build_sampler, run
+from fmlit.core.files import new_folder
+from fmlit.core.randomness import image_noise, image_seeds
+from fmlit.core.tensors import to_uint8
+from fmlit.data import ImageFolder, TwoPoints
+from fmlit.flows.diffusions import BetaDiffusion, ConstantDiffusion
+from fmlit.sampling.grids import UniformGrid
+from tests.helpers.known_model import STD, known_model, save_run
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "sample.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(save_run(tmp_path_factory.mktemp("runs") / "known", known_model()))
+
+
+def script(monkeypatch, capsys, *args: str) -> dict:
+    """The line of JSON with which the script ends."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, args)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def refusal(capsys, *args: object) -> str:
+    """The one line on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        run(sampling.sample, [str(arg) for arg in args])
+    assert stopped.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_the_script_writes_what_it_says(checkpoint, tmp_path, monkeypatch, capsys):
+    files = {"out": tmp_path / "new" / "grid.png", "save-images": tmp_path / "images.npz"}
+    options = [part for name, path in files.items() for part in (f"--{name}", path)]
+    said = script(
+        monkeypatch, capsys, "--checkpoint", checkpoint, "--n", "23", "--seed", "3", "--steps", "60", *options
+    )
+    assert said["picture"] == str(files["out"])
+    assert said["sampler"] == "heun60"
+    assert Image.open(files["out"]).size == (10 * 50 + 2, 3 * 50 + 2)  # a column for each class
+    with np.load(files["save-images"]) as stored:
+        images, labels = stored["arr_0"], stored["arr_1"]
+    truth = to_uint8(STD * image_noise(image_seeds(3, range(23)), (1, 8, 8))).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images.astype(int) - truth).max() <= 1
+    assert labels.tolist() == [i % 10 for i in range(23)]
+
+
+def test_a_larger_n_adds_to_the_same_images(checkpoint, tmp_path):
+    for n in (5, 12):
+        sampling.sample(
+            checkpoint, n=n, batch_size=4, labels=Names(["3"]), out=f"{tmp_path}/{n}.png", save_images=f"{tmp_path}/{n}"
+        )
+    names = sorted(path.name for path in (tmp_path / "12").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(12)]
+    for name in names[:5]:
+        assert (tmp_path / "5" / name).read_bytes() == (tmp_path / "12" / name).read_bytes()
+
+
+def test_which_weights(checkpoint, tmp_path):
+    stored = {}
+    for weights in ("ema", "ema_500", "raw"):
+        path = f"{tmp_path}/{weights}.npz"
+        sampling.sample(checkpoint, n=2, steps=4, weights=weights, out=f"{tmp_path}/g.png", save_images=path)
+        stored[weights] = np.load(path)["arr_0"]
+    assert (stored["ema"] == stored["ema_500"]).all()
+    assert (stored["ema"] != stored["raw"]).any()
+
+
+def test_trajectories_run_from_noise_to_samples(checkpoint, tmp_path):
+    strip, film = f"{tmp_path}/strip.png", f"{tmp_path}/film.gif"
+    for path in (strip, film):
+        sampling.sample(
+            checkpoint, n=12, steps=30, grid=UniformGrid(), out=f"{tmp_path}/g.png", trajectory=path, columns=12
+        )
+    picture = np.asarray(Image.open(strip).convert("L"))
+    assert picture.shape == (sampling.STRIP_ROWS * 50 + 2, sampling.STRIP_COLUMNS * 50 + 2)
+    noise = image_noise(image_seeds(0, range(1)), (1, 8, 8))
+    for column, scale in ((0, 1.0), (sampling.STRIP_COLUMNS - 1, STD)):
+        cell = picture[2 + 3 : 50 : 6, 2 + 3 + column * 50 : 50 + column * 50 : 6]  # the middle of each pixel
+        assert np.abs(cell.astype(int) - to_uint8(scale * noise)[0, 0].numpy()).max() <= 2
+    with Image.open(film) as animation:
+        assert animation.n_frames == 31
+        assert animation.info["loop"] == 0
+
+
+def test_classes_by_id_and_by_name(tmp_path):
+    pictures = tmp_path / "pictures"
+    for name in ("cat", "dog"):
+        (pictures / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(pictures / name / "a.png")
+    run_folder = save_run(tmp_path / "run", known_model((3, 8, 8), 2), ImageFolder(str(pictures), 8))
+    file, model = run_folder / "checkpoints" / "last.ckpt", known_model((3, 8, 8), 2)
+    assert sampling.choose_classes(model, ["dog", "cat", "1"], file, ()).tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="no class 'cow' in this model; choose from 0 to 1, or cat, dog"):
+        sampling.choose_classes(model, ["cat", "cow"], file, ())
+    pictures.rename(tmp_path / "gone")
+    assert sampling.choose_classes(model, ["1"], file, ()).tolist() == [1]  # ids do not need the data
+    with pytest.raises(ValueError, match=r"training data of .* cannot be built \(.*no folder"):
+        sampling.choose_classes(model, ["cat"], file, ())
+
+
+def test_vectors(tmp_path, capsys):
+    folder = save_run(tmp_path / "run", known_model((1,), None), TwoPoints())
+    points = f"{tmp_path}/points.npz"
+    sampling.sample(str(folder), n=300, out=f"{tmp_path}/plot.png", save_images=points)
+    values = np.load(points)
+    assert list(values) == ["arr_0"]
+    assert np.allclose(values["arr_0"], STD * image_noise(image_seeds(0, range(300)), (1,)), rtol=0.02)  # 18 steps
+    common = ("--checkpoint", folder, "--out", tmp_path / "x.png")
+    assert "must end in .npz: this model makes vectors" in refusal(capsys, *common, "--save-images", tmp_path / "d")
+    assert "makes vectors of shape (1,)" in refusal(capsys, *common, "--trajectory", tmp_path / "t.gif")
+    assert "knows no classes" in refusal(capsys, *common, "--labels", "0")
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--labels", "4,12"), "there is no class '12' in this model; choose from 0 to 9"),
+        (("--labels", "-1"), "there is no class '-1'"),
+        (("--n", "0"), "n, batch_size and columns must be at least 1, got 0"),
+        (("--steps", "0"), "steps must be at least 1, got 0"),
+        (("--solver", "hoin"), "unknown solver 'hoin': choose from euler"),
+        (("--sigma", "0.5"), "sigma is the noise of an SDE, and heun takes none"),
+        (("--weights", "ema_7"), "no weights 'ema_7'; choose one of: raw, ema_500"),
+        (("--out", "grid.jpg"), "grid.jpg must end in .png"),
+        (("--trajectory", "film.mp4"), "film.mp4 must end in .png or .gif"),
+        (("--seed", "-3"), "seed must lie in"),
+        (("--device", "quantum"), "device 'quantum' cannot be used"),
+        (("--label", "3"), "label: no such option; did you mean labels?"),
+        (("--grid", "UniformGird"), "there is no class UniformGird; did you mean fmlit.UniformGrid?"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(checkpoint, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(capsys, "--checkpoint", checkpoint, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_that_are_none(tmp_path, capsys):
+    assert "there is no checkpoint" in refusal(capsys, "--checkpoint", tmp_path)
+    assert "checkpoint: required" in refusal(capsys)
+    (tmp_path / "text.ckpt").write_text("hello")
+    assert "text.ckpt is damaged" in refusal(capsys, "--checkpoint", tmp_path / "text.ckpt")
+
+
+def test_nothing_half_written_is_left(checkpoint, tmp_path, monkeypatch):
+    def full_disk(folder, images, first=0):
+        (folder / "000000.png").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "save_pngs", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            sampling.sample(checkpoint, n=2, steps=2, out=f"{tmp_path}/g.png", save_images=f"{tmp_path}/images")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.png").touch()
+    with pytest.raises(ValueError, match="images exists already"):
+        sampling.sample(checkpoint, n=2, steps=2, out=f"{tmp_path}/g.png", save_images=f"{tmp_path}/images")
+    assert [path.name for path in tmp_path.rglob("*")] == ["images", "mine.png"]
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    (tmp_path / ".folder.partial").mkdir()
+    (tmp_path / ".folder.partial" / "old").touch()
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "new").touch()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
+
+
+def test_samplers_by_name():
+    ode, sde = build_sampler("unipc", 5, None, 1.5), build_sampler("euler_maruyama", sigma=0.5)
+    assert (ode.name, sde.name) == ("unipc5+cfg1.5", "eulermaruyama250+constant_value0.5")
+    assert sde.sigma == ConstantDiffusion(0.5)
+    assert build_sampler("stochastic_heun", 10, sigma=BetaDiffusion(2.0)).sigma == BetaDiffusion(2.0)
+
+
+def test_options_as_they_are_written(capsys):
+    def command(steps: Integers = Integers([1]), save_images: bool = False, name: str = "") -> dict:
+        """Says what it was given."""
+        return {"steps": steps, "save_images": save_images, "name": name}
+
+    for written, steps in (("5", [5]), ("5,10", [5, 10]), ("[5, 10]", [5, 10])):
+        run(command, ["--steps", written, "--save-images", "--name=a-b"])
+        assert json.loads(capsys.readouterr().out) == {"steps": steps, "save_images": True, "name": "a-b"}
+    run(command, ["--save-images", "false"])
+    assert json.loads(capsys.readouterr().out)["save_images"] is False
+    with pytest.raises(SystemExit):
+        run(command, ["--steps", "5,x"])
+    assert "expected values such as 5,10,20" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(command, ["--help"])
+    assert "Says what it was given." in capsys.readouterr().out
+
+
+def test_the_sde_ends_in_the_same_law(checkpoint, tmp_path):
+    path = f"{tmp_path}/images.npz"
+    sampling.sample(
+        checkpoint, n=60, solver="euler_maruyama", steps=60, sigma=1.0, out=f"{tmp_path}/g.png", save_images=path
+    )
+    pixels = torch.from_numpy(np.load(path)["arr_0"]).double()
+    truth = to_uint8(STD * torch.randn(100_000, generator=torch.Generator().manual_seed(0))).double()  # clamped as well
+    assert abs(pixels.mean() - truth.mean()) < 4 * truth.std() / pixels.numel() ** 0.5
+    assert pixels.std() == pytest.approx(truth.std().item(), rel=0.05)  # 60 steps

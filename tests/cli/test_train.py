@@ -1,0 +1,319 @@
+"""The training command: help, configuration, the run folder, and going on after an interruption."""
+
+import json
+import logging
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+from fmlit.cli import parsing
+from fmlit.cli import train as command
+from fmlit.sampling.samplers import ODESampler
+from fmlit.storage.checkpoints import load
+from fmlit.training.trainer_settings import best_precision, unprofiled
+from tests.helpers.tiny_cli import CONFIGS, metrics_of, recipe, runs_in, train
+
+SCRIPT = CONFIGS.parent / "scripts" / "train.py"
+
+
+def printed_config(folder: Path, *args: str) -> dict[str, Any]:
+    outcome = train(folder, *args, "--print_config")
+    assert outcome.code == 0, outcome.err
+    return yaml.safe_load(outcome.out)
+
+
+def test_help_names_our_options_and_fits_the_signatures(tmp_path: Path) -> None:
+    text = train(tmp_path, "--help").out
+    for option in (
+        "--images",
+        "--runs",
+        "--name",
+        "--resume",
+        "--ema.half_lives",
+        "--quality.n",
+        "--trainer.max_steps",
+    ):
+        assert re.search(rf"^ +{re.escape(option)}\b", text, re.MULTILINE), option
+    for ignored in ("--trainer.max_epochs", "--trainer.limit_val_batches", "--trainer.enable_checkpointing"):
+        assert ignored not in text
+    assert "Half-lives" in text or "half-lives in images" in text  # the docstring of EMA
+
+
+HINTS = re.findall(r"train\.py --([\w.]+)\.help ([\w.]+)", parsing.HELP)
+
+
+@pytest.mark.parametrize(("key", "cls"), HINTS)
+def test_the_help_leads_to_the_arguments_of_model_and_data(tmp_path: Path, key: str, cls: str) -> None:
+    outcome = train(tmp_path, f"--{key}.help", cls)
+    assert outcome.code == 0
+    expected = {
+        "model": "--model.learning_rate",
+        "model.net": "channels CHANNELS",
+        "model.path": "CondOTPath",
+        "data": "--data.horizontal_flip",
+        "samples.sampler": "--samples.sampler.steps",
+        "trainer.logger": "--trainer.logger.project",
+    }
+    assert expected[key] in outcome.out
+    assert "torch.nn" not in outcome.out  # hundreds of modules are no networks of ours
+
+
+def test_all_of_these_hints_are_tested() -> None:
+    assert {key for key, _ in HINTS} == {
+        *("model", "model.net", "model.path"),
+        *("data", "samples.sampler", "trainer.logger"),
+    }
+
+
+def test_without_a_recipe_the_script_trains_the_quickstart(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--print_config"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert not end.value.code
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["images"] == quickstart["images"]
+    assert shown["data"]["class_path"] == quickstart["data"]["class_path"]
+    net, wanted = shown["model"]["init_args"]["net"], quickstart["model"]["init_args"]["net"]
+    assert net["class_path"] == wanted["class_path"]
+    assert net["init_args"].items() >= wanted["init_args"].items()  # the defaults are shown as well
+    assert shown["ema"]["half_lives"] == quickstart["ema"]["half_lives"]
+
+
+def test_the_default_recipe_does_not_leak_into_others(tmp_path: Path) -> None:
+    """Every key that the other recipe does not set has the default of its signature."""
+    other = tmp_path / "other.yaml"
+    other.write_text("model: {class_path: fmlit.FlowMatchingModule, init_args: {net: fmlit.MLP}}\ndata: fmlit.Moons\n")
+    shown = printed_config(tmp_path, "--config", str(other))
+    assert shown["images"] == 1_000_000
+    assert shown["ema"]["half_lives"] == [500_000]
+    assert shown["checkpoint"]["every"] == 500_000
+    assert shown["model"]["init_args"]["net"]["init_args"] == {"width": 256, "depth": 3}
+    assert shown["data"] == {
+        "class_path": "fmlit.Moons",
+        "init_args": {"samples": 10_000, "batch_size": 128, "noise": 0.05},
+    }
+
+
+@pytest.mark.parametrize("given", ["--samples.sampler=SDESampler", f"--config={CONFIGS / 'mnist_score.yaml'}"])
+def test_another_class_has_its_own_defaults(tmp_path: Path, given: str) -> None:
+    """jsonargparse would hand it those of the class that stood there before: 18 steps on EDM's grid."""
+    sampler = printed_config(tmp_path, given)["samples"]["sampler"]["init_args"]
+    assert (sampler["steps"], sampler["grid"]["class_path"]) == (250, "fmlit.UniformGrid")
+
+
+def test_another_class_keeps_what_was_asked_for(tmp_path: Path) -> None:
+    asked = ("--samples.sampler.guidance=3", "--samples.sampler.steps=40", "--samples.sampler=SDESampler")
+    sampler = printed_config(tmp_path, *asked)["samples"]["sampler"]["init_args"]
+    assert (sampler["guidance"], sampler["steps"], sampler["method"]) == (3.0, 40, "euler_maruyama")
+    model = printed_config(tmp_path, "--model=ScoreMatchingModule")["model"]["init_args"]
+    assert model["net"]["init_args"]["width"] == 8
+    assert (model["path"]["class_path"], model["prediction"]["class_path"]) == (
+        "fmlit.VPPath",
+        "fmlit.Noise",
+    )
+
+
+def test_later_recipes_and_options_win(tmp_path: Path) -> None:
+    extra = tmp_path / "extra.yaml"
+    extra.write_text("images: 5\nema: {ramp: 0.3}\n")
+    shown = printed_config(tmp_path, "--config", str(recipe(tmp_path)), f"--config={extra}", "--images=7")
+    assert (shown["images"], shown["ema"]) == (7, {"half_lives": [100], "ramp": 0.3})
+
+
+def test_a_run_leaves_its_folder_and_one_line_of_json(tmp_path: Path) -> None:
+    quality = ("--quality.every=320", "--quality.n=20", f"--quality.cache={tmp_path / 'statistics'}")
+    outcome = train(tmp_path, "--data=Digits", "--samples.every=160", *quality)
+    assert outcome.err == ""
+    assert outcome.out.splitlines()[0].startswith(f"{tmp_path / 'runs' / 'tiny'}: FlowMatchingModule, CondOTPath, MLP")
+    run = tmp_path / "runs" / "tiny"
+    assert sorted(path.name for path in run.iterdir()) == [
+        *("checkpoints", "config.yaml", "metrics.csv", "run.json", "samples"),
+    ]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["000000160.png", "000000320.png"]
+    assert (run / "checkpoints" / "last.ckpt").resolve() == (run / "checkpoints" / "000000320.ckpt").resolve()
+
+    summary = outcome.summary
+    assert summary["run"] == str(run)
+    assert (summary["images_seen"], summary["steps"]) == (320, 20)
+    assert summary["samples"] == str(run / "samples" / "000000320.png")
+    assert summary["checkpoint"] == str(run / "checkpoints" / "000000320.ckpt")
+    assert outcome.out.splitlines()[-2].startswith("fd_pixels_20 is fdpixels20-train-uint8-ema-heun18")
+    last = metrics_of(run)[-1]  # of two callbacks that log at the same step
+    assert last["images_seen"] == "320"
+    assert float(last["loss"]) == pytest.approx(summary["loss"])
+    assert float(last["fd_pixels_20"]) == pytest.approx(summary["fd_pixels_20"])
+
+
+def test_the_length_of_a_run_is_in_images(tmp_path: Path) -> None:
+    assert train(tmp_path, "--images=330").summary["images_seen"] == 336  # whole batches of 16
+    assert train(tmp_path, "--data.batch_size=32").summary["steps"] == 10
+    assert train(tmp_path, "--trainer.max_steps=3").summary["images_seen"] == 48
+
+
+def test_an_occupied_name_gets_a_number(tmp_path: Path) -> None:
+    for _ in range(3):
+        assert train(tmp_path, "--trainer.max_steps=1").code == 0
+    assert train(tmp_path, "--trainer.max_steps=1", "--name=other").code == 0
+    assert runs_in(tmp_path) == ["other", "tiny", "tiny-002", "tiny-003"]
+
+
+def test_the_config_of_a_run_is_a_recipe_that_repeats_it(tmp_path: Path) -> None:
+    first = train(tmp_path, "--model.learning_rate=0.01", "--seed_everything=5").summary
+    config = tmp_path / "runs" / "tiny" / "config.yaml"
+    again = train(tmp_path, "--config", str(config)).summary
+    assert again["run"] == str(tmp_path / "runs" / "tiny-002")
+    assert again["loss"] == first["loss"]
+    assert train(tmp_path, "--config", str(config), "--seed_everything=6").summary["loss"] != first["loss"]
+
+
+def test_resume_goes_on_where_the_run_ended(tmp_path: Path) -> None:
+    whole = train(tmp_path, "--name=whole", "--images=640").summary
+    train(tmp_path)
+    outcome = train(tmp_path, "--resume", "--images=640")
+    assert "resumed after 20 steps" in outcome.out.splitlines()[0]
+    assert outcome.summary["run"] == str(tmp_path / "runs" / "tiny")
+    assert outcome.summary["images_seen"] == 640
+    assert outcome.summary["loss"] == whole["loss"]
+    rows = metrics_of(tmp_path / "runs" / "tiny")
+    assert [row["step"] for row in rows] == [str(step) for step in range(5, 45, 5)]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in metrics_of(tmp_path / "runs" / "whole")]
+    assert yaml.safe_load((tmp_path / "runs" / "tiny" / "config.yaml").read_text())["resume"] is False
+
+
+def test_resume_takes_the_newest_run_of_that_name(tmp_path: Path) -> None:
+    train(tmp_path)
+    train(tmp_path, "--images=80")
+    assert train(tmp_path, "--resume", "--images=160").summary["run"] == str(tmp_path / "runs" / "tiny-002")
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> None:
+    train(tmp_path)
+    before = (tmp_path / "runs" / "tiny" / "metrics.csv").read_bytes()
+    outcome = train(tmp_path, "--resume")
+    assert "nothing is left to train" in outcome.out.splitlines()[0]
+    assert outcome.summary["images_seen"] == 320
+    assert outcome.summary["checkpoint"].endswith("last.ckpt")
+    assert (tmp_path / "runs" / "tiny" / "metrics.csv").read_bytes() == before
+
+
+def test_a_run_that_is_resumed_with_another_batch_ends_at_the_same_number_of_images(tmp_path: Path) -> None:
+    train(tmp_path, "--images=160", "--data.batch_size=16")
+    outcome = train(tmp_path, "--resume", "--images=400", "--data.batch_size=24")
+    assert "400 images in 20 steps of 24; resumed after 10 steps, " in outcome.out.splitlines()[0]
+    assert (outcome.summary["images_seen"], outcome.summary["steps"]) == (400, 20)
+
+
+@pytest.mark.parametrize("muon", ["false", "true"])
+def test_a_run_that_is_resumed_takes_the_optimisers_settings_of_now(muon: str, tmp_path: Path) -> None:
+    options = (f"--model.muon={muon}", "--model.net.width=32", "--model.decay=linear", "--trainer.log_every_n_steps=1")
+    train(tmp_path, *options, "--images=160", "--model.learning_rate=1e-3")
+    changed = ("--model.learning_rate=1e-6", "--model.weight_decay=0.5", "--model.betas=[0.5,0.6]")
+    outcome = train(tmp_path, *options, "--resume", "--images=320", *changed)
+    rates = [float(row["learning_rate"]) for row in metrics_of(tmp_path / "runs" / "tiny")[-10:]]
+    assert rates == pytest.approx([1e-6 * (1 - done / 20) for done in range(11, 21)])
+    (state,) = load(outcome.summary["checkpoint"])["optimizer_states"]
+    assert {group["weight_decay"] for group in state["param_groups"]} == {0.5}
+    assert {tuple(group["betas"]) for group in state["param_groups"] if "betas" in group} == {(0.5, 0.6)}
+
+
+def test_max_time_is_that_of_a_launch(tmp_path: Path) -> None:
+    """A job that may take so long is started again and again until its run is done."""
+    options = ("--images=100_000_000", "--trainer.max_time=00:00:00:01")
+    first = train(tmp_path, *options)
+    assert f"ended after {first.summary['steps']:,} of 6,250,000 steps; --resume goes on" in first.err
+    again = train(tmp_path, *options, "--resume")
+    assert again.summary["steps"] > first.summary["steps"]
+
+
+def test_what_is_learnt_is_saved_before_it_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no samples today")
+
+    monkeypatch.setattr(ODESampler, "sample", fail)
+    outcome = train(tmp_path, "--images=160", "--samples.every=80", "--checkpoint.every=80")
+    assert outcome.error.startswith("no samples today")
+    assert load(tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt")["images_seen"] == 80
+
+
+def test_a_requeued_job_comes_back_to_its_folder_even_before_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    train(tmp_path, "--checkpoint.every=null", "--trainer.max_steps=3")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    outcome = train(tmp_path)
+    assert outcome.summary["run"] == str(tmp_path / "runs" / "tiny")
+    assert "resumed" not in outcome.out
+    assert [row["step"] for row in metrics_of(tmp_path / "runs" / "tiny")] == ["5", "10", "15", "20"]
+    assert "resumed after 20 steps" in train(tmp_path, "--images=400").out
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(command.GenerativeModule, "training_step", fail)
+    assert train(tmp_path).error == "no space left on device"
+    assert not runs_in(tmp_path)
+
+
+def test_a_run_that_fails_later_keeps_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = command.GenerativeModule.training_step
+
+    def fail(self: command.GenerativeModule, batch: dict[str, torch.Tensor], index: int) -> Any:
+        if self.images_seen == 160:
+            raise OSError("no space left on device")
+        return step(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command.GenerativeModule, "training_step", fail)
+        assert train(tmp_path).error == "no space left on device"
+    assert runs_in(tmp_path) == ["tiny"]
+    assert train(tmp_path, "--resume").summary["images_seen"] == 320
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def strict(text: str) -> Any:
+        raise AssertionError(f"{text} is no JSON")
+
+    def log(self: command.TrainingLog, *_: object) -> None:
+        self.latest = {"loss": float("nan"), "images_per_second": 1.0}
+
+    monkeypatch.setattr(command.TrainingLog, "_log", log)
+    line = train(tmp_path).out.splitlines()[-1]
+    assert json.loads(line, parse_constant=strict)["loss"] is None
+
+
+def test_the_progress_bar_can_be_left_out(tmp_path: Path) -> None:
+    assert len(train(tmp_path).out.splitlines()) > 5
+    assert len(train(tmp_path, "--trainer.enable_progress_bar=false").out.splitlines()) == 2
+
+
+def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert best_precision("cpu") == "32-true"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capable, precision in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, capable=capable: capable)
+        assert best_precision("auto") == precision
+        assert best_precision("cpu") == "32-true"
+
+
+def test_the_profiler_that_was_asked_for_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for given, used in ((None, "_NoProfiler"), ("simple", "SimpleProfiler")):
+        trainer = unprofiled(pl.Trainer(profiler=given, logger=False, accelerator="cpu", default_root_dir=tmp_path))
+        assert type(trainer.profiler).__name__ == used
+    logger = logging.getLogger("lightning.pytorch.profilers")
+    logger.addHandler(caplog.handler)
+    assert train(tmp_path, "--trainer.profiler=simple", "--trainer.max_steps=2").code == 0
+    logger.removeHandler(caplog.handler)
+    assert "run_training_batch" in caplog.text

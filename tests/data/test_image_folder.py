@@ -1,0 +1,269 @@
+"""Pictures of every sort, broken ones included."""
+
+import os
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from fmlit.data import ImageFolder
+from fmlit.data.decoding import PictureError, find_pictures, read_picture
+
+
+def save(path, array=None, colour=(200, 30, 90), size=(8, 8), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", size, colour) if array is None else Image.fromarray(array)
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def two_classes(tmp_path):
+    root = tmp_path / "pictures"
+    save(root / "dogs/b.JPG")
+    save(root / "dogs/deep/er/a.png")
+    save(root / "cats/z.webp", lossless=True)
+    save(root / ".thumbnails/x.png")
+    save(root / "cats/.hidden.png")
+    (root / "cats/notes.txt").write_text("not a picture")
+    (root / "empty").mkdir()
+    return root
+
+
+def test_folders_are_classes_and_everything_else_is_left_out(two_classes):
+    data = ImageFolder(str(two_classes), size=4)
+    assert data.class_names == ["cats", "dogs"]
+    assert (data.num_classes, data.shape) == (2, (3, 4, 4))
+    assert find_pictures(two_classes) == ["cats/z.webp", "dogs/b.JPG", "dogs/deep/er/a.png"]
+    items = data.dataset("train")
+    images, labels = items.batch(range(len(items)))
+    assert labels.tolist() == [0, 1, 1]
+    assert images.dtype == torch.uint8
+    assert [label for _, label in DataLoader(items, batch_size=None)] == [0, 1, 1]
+    assert images[1].float().mean(dim=(1, 2)).tolist() == pytest.approx([200, 30, 90], abs=2)
+
+
+def test_a_link_to_a_folder_above_is_not_walked_through(two_classes, tmp_path):
+    before = find_pictures(two_classes)
+    (two_classes / "cats" / "loop").symlink_to(".")
+    (two_classes / "dogs" / "top").symlink_to(two_classes)
+    (two_classes / "cats" / "d").symlink_to(two_classes / "dogs")
+    before = sorted([*before, *(f"cats/d/{name.partition('/')[2]}" for name in before if name.startswith("dogs"))])
+    assert find_pictures(two_classes) == before
+    (tmp_path / "more").mkdir()
+    save(tmp_path / "more" / "m.png")
+    (two_classes / "dogs" / "more").symlink_to(tmp_path / "more")
+    assert find_pictures(two_classes) == sorted([*before, "cats/d/more/m.png", "dogs/more/m.png"])
+
+
+def test_pictures_without_classes(two_classes, tmp_path):
+    flat = ImageFolder(str(two_classes), size=4, classes=False)
+    assert (flat.num_classes, flat.class_names) == (None, None)
+    assert flat.dataset("train").batch(range(3))[1].tolist() == [0, 0, 0]
+    save(tmp_path / "loose/1.png")
+    assert ImageFolder(str(tmp_path / "loose"), size=4).num_classes is None
+    save(two_classes / "stray.png")
+    with pytest.raises(ValueError, match=r"stray\.png lies beside class folders"):
+        ImageFolder(str(two_classes), size=4)
+
+
+def test_held_out_pictures_have_the_classes_of_the_training_pictures(two_classes, tmp_path):
+    save(tmp_path / "test/dogs/1.png")
+    data = ImageFolder(str(two_classes), size=4, test_root=str(tmp_path / "test"))
+    assert data.dataset("test").batch(range(1))[1].tolist() == [1]
+    save(tmp_path / "test/birds/1.png")
+    with pytest.raises(ValueError, match=r"test/birds is of none of the classes cats, dogs"):
+        ImageFolder(str(two_classes), size=4, test_root=str(tmp_path / "test")).dataset("test")
+    with pytest.raises(ValueError, match="name their folder with test_root"):
+        ImageFolder(str(two_classes), size=4).dataset("test")
+
+
+def test_nonsense_is_refused(two_classes, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
+        ImageFolder(str(tmp_path / "nowhere"), size=4)
+    with pytest.raises(ValueError, match=r"no pictures in .*empty: fmlit reads \.png"):
+        ImageFolder(str(two_classes / "empty"), size=4)
+    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
+        ImageFolder(str(two_classes), size=0)
+    with pytest.raises(ValueError, match=r"num_workers must be 0 .* got -1"):
+        ImageFolder(str(two_classes), size=4, num_workers=-1)
+
+
+def test_the_central_square_of_the_shorter_side(tmp_path):
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255
+    save(tmp_path / "wide.png", wide)
+    assert (read_picture(tmp_path / "wide.png", 10) == 255).all()
+    save(tmp_path / "tall.png", wide.transpose(1, 0, 2).copy())
+    assert (read_picture(tmp_path / "tall.png", 10) == 255).all()
+
+
+def test_shrinking_averages_and_growing_fills(tmp_path):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = read_picture(save(tmp_path / "stripes.png", stripes), 8)
+    assert (small.float() - 127.5).abs().max() < 12  # without averaging, all 0 or all 255
+    assert read_picture(save(tmp_path / "tiny.png", size=(2, 3)), 8).shape == (3, 8, 8)
+
+
+def colour_of(path):
+    square = read_picture(path, 4)
+    assert square.shape == (3, 4, 4)
+    assert square.dtype == torch.uint8
+    return square[:, 1, 1].tolist()
+
+
+def test_modes_become_rgb(tmp_path):
+    rgba = np.tile(np.array([255, 0, 0, 128], np.uint8), (8, 8, 1))
+    assert colour_of(save(tmp_path / "rgba.png", rgba)) == pytest.approx([255, 127, 127], abs=1)
+    clear = np.tile(np.array([9, 9, 9, 0], np.uint8), (8, 8, 1))
+    assert colour_of(save(tmp_path / "clear.webp", clear, lossless=True, exact=True)) == [255, 255, 255]
+    grey_alpha = np.tile(np.array([0, 51], np.uint8), (8, 8, 1))
+    assert colour_of(save(tmp_path / "la.png", grey_alpha)) == pytest.approx([204] * 3, abs=1)
+    assert colour_of(save(tmp_path / "grey.png", np.full((8, 8), 70, np.uint8))) == [70, 70, 70]
+
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(tmp_path / "palette.gif")
+    assert colour_of(tmp_path / "palette.gif") == [10, 200, 30]
+    palette.save(tmp_path / "see-through.png", transparency=1)
+    assert colour_of(tmp_path / "see-through.png") == [255, 255, 255]
+
+    Image.new("1", (8, 8), 1).save(tmp_path / "bit.png")
+    assert colour_of(tmp_path / "bit.png") == [255, 255, 255]
+    Image.new("CMYK", (8, 8), (0, 0, 0, 255)).save(tmp_path / "print.jpg")
+    assert colour_of(tmp_path / "print.jpg") == pytest.approx([0, 0, 0], abs=2)
+
+
+@pytest.mark.parametrize(("level", "grey"), [(0, 0), (257, 1), (32896, 128), (65535, 255)])
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, level, grey, name):
+    assert colour_of(save(tmp_path / name, np.full((8, 8), level, np.uint16))) == [grey] * 3
+
+
+@pytest.mark.parametrize("array", [np.full((8, 8), 70000, np.int32), np.full((8, 8), 0.5, np.float32)])
+def test_levels_without_a_white_are_refused(tmp_path, array):
+    with pytest.raises(PictureError, match=r"odd\.tif .*no fixed white"):
+        read_picture(save(tmp_path / "odd.tif", array), 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_obeyed(tmp_path, orientation):
+    upright = np.zeros((8, 8, 3), np.uint8)
+    upright[:4, :4] = 255  # one white corner: top left
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "turned.png", np.ascontiguousarray(stored), exif=exif)
+    assert torch.equal(read_picture(path, 8), torch.from_numpy(upright).permute(2, 0, 1))
+
+
+def broken_pictures(folder):
+    """Files that carry the name of a picture and cannot be read as one."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    png, jpg = save(folder / "cut.png", noise), save(folder / "cut.jpg", noise)
+    png.write_bytes(png.read_bytes()[:2000])
+    jpg.write_bytes(jpg.read_bytes()[:1000])
+    flipped = save(folder / "bit-rot.png", noise)
+    content = bytearray(flipped.read_bytes())
+    content[500] ^= 255
+    flipped.write_bytes(content)
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpeg").write_text("<html>404\nnot found</html>")
+    (folder / "postscript.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    return find_pictures(folder)
+
+
+def test_broken_pictures_are_named_in_one_line(tmp_path):
+    names = broken_pictures(tmp_path)
+    assert len(names) == 6
+    for name in [*names, "gone.png"]:
+        with pytest.raises(
+            ValueError, match=rf"cannot read the picture .*{name} \(.*\): repair or remove it$"
+        ) as caught:
+            read_picture(tmp_path / name, 8)
+        assert "\n" not in str(caught.value)
+
+
+def test_postscript_never_reaches_ghostscript(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: called.append(True))
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with pytest.raises(PictureError):
+        read_picture(tmp_path / "x.png", 8)
+    assert not called
+
+
+def test_decompression_bombs_are_refused(tmp_path):
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(PictureError, match=r"bomb\.png .*decompression bomb"):
+        read_picture(tmp_path / "bomb.png", 8)
+
+
+@pytest.mark.parametrize("plain_loader", [False, True])
+def test_the_name_survives_the_way_out_of_a_worker(tmp_path, plain_loader):
+    save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"nothing")
+    data = ImageFolder(str(tmp_path), size=4, batch_size=4, num_workers=1)
+    loader = DataLoader(data.dataset("train"), num_workers=1) if plain_loader else data.train_dataloader()
+    with pytest.raises(ValueError, match=r"^cannot read the picture .*bad\.png \(.*\): repair or remove it$") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_workers_give_the_stream_of_the_training_process(tmp_path):
+    for number in range(5):
+        array = np.zeros((4, 4, 3), np.uint8)
+        array[:, :2] = 50 * number + 5
+        save(tmp_path / f"{number}.png", array)
+    streams = []
+    for num_workers in (0, 2):
+        data = ImageFolder(str(tmp_path), size=4, batch_size=3, horizontal_flip=True, num_workers=num_workers)
+        batches = iter(data.train_dataloader())
+        streams.append(torch.cat([next(batches)["data"] for _ in range(6)]))
+    assert torch.equal(*streams)
+    flipped = streams[0][:, 0, 0, 3] > 0
+    assert 0 < flipped.sum() < 18
+    assert sorted(streams[0][:5].amax(dim=(1, 2, 3)).tolist()) == [5, 55, 105, 155, 205]
+
+
+def test_the_data_set_travels_to_spawned_workers(two_classes):
+    items = ImageFolder(str(two_classes), size=4).dataset("train")
+    assert torch.equal(pickle.loads(pickle.dumps(items))[1][0], items[1][0])
+    error = pickle.loads(pickle.dumps(PictureError("cannot read")))
+    assert (type(error), str(error)) == (PictureError, "cannot read")
+
+
+def test_the_fingerprint_follows_files_size_and_classes(two_classes):
+    def fingerprint(**arguments):
+        return ImageFolder(str(two_classes), **{"size": 4, **arguments}).fingerprint("train")
+
+    first = fingerprint()
+    assert first == fingerprint(seed=7, batch_size=2, horizontal_flip=True)
+    later = os.stat(two_classes / "dogs/b.JPG").st_mtime_ns + 10**9
+    variants = {first, fingerprint(size=5), fingerprint(classes=False)}
+    os.utime(two_classes / "dogs/b.JPG", ns=(later, later))
+    variants.add(fingerprint())
+    save(two_classes / "dogs/c.png")
+    variants.add(fingerprint())
+    assert len(variants) == 5

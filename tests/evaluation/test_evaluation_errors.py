@@ -1,0 +1,171 @@
+"""``scripts/evaluate.py`` and what it is not given: one line that names the mistake, and no number."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fmlit.cli.evaluate import evaluate
+from fmlit.cli.options import Names, Numbers, run
+from fmlit.data import Digits, ImageFolder, TwoPoints
+from fmlit.data.image_files import read_images, save_npz, save_pngs
+from tests.helpers.known_model import known_model, save_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:a Fréchet distance from .. images in 64 dimensions")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return str(save_run(tmp_path_factory.mktemp("runs") / "known", known_model()))
+
+
+@pytest.fixture
+def options(tmp_path) -> dict:
+    return {"cache": str(tmp_path / "cache"), "out": str(tmp_path / "out"), "batch_size": 32}
+
+
+def test_pictures_that_are_not_comparable_are_named(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    save_pngs(folder, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    Image.new("RGB", (8, 9)).save(folder / "tall.png")
+    with pytest.raises(ValueError, match=r"tall.png is 8x9 pixels, and the data 8x8"):
+        read_images(str(folder), (1, 8, 8))
+    Image.new("RGB", (8, 8), "red").save(folder / "tall.png")
+    with pytest.raises(ValueError, match=r"tall.png is in colour, and the data are grey"):
+        read_images(str(folder), (1, 8, 8)).batch(range(3))
+    assert read_images(str(folder), (3, 8, 8)).batch([2])[0][0, :, 0, 0].tolist() == [255, 0, 0]
+    (folder / "tall.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"cannot read the picture .*tall.png"):
+        read_images(str(folder), (1, 8, 8))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="no pictures in"):
+        read_images(str(empty), (1, 8, 8))
+    with pytest.raises(ValueError, match=r"shape \(2, 8, 8\) are read from an .npz"):
+        read_images(str(folder), (2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, "no .npz with images in arr_0"),
+        ({"arr_0": np.zeros((3, 8, 8, 1), np.float32)}, r"must be uint8 \(N, 8, 8, 1\) like the data, got float32"),
+        ({"arr_0": np.zeros((3, 1, 8, 8), np.uint8)}, r"like the data, got uint8 \(3, 1, 8, 8\)"),
+        ({"arr_0": np.array([None])}, "no .npz with images"),  # a pickle, which is not opened
+    ],
+)
+def test_arrays_that_are_no_images(arrays, said, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(ValueError, match=said):
+        read_images(str(tmp_path / "x.npz"), (1, 8, 8))
+
+
+def refusal(capsys, *args: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run(evaluate, [str(arg) for arg in args])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--metrics is", "unknown metric 'is': choose from fid, kid"),
+        ("--metrics bpd --steps 5", "--steps has no meaning with --metrics bpd"),
+        ("--images x --guidance 2", "--guidance has no meaning with --images"),
+        ("--images x --metrics fid,class", "metric class asks the model, and --images have none"),
+        ("--images nowhere", "there is no folder nowhere"),
+        ("--images nowhere.npz", "No such file or directory: 'nowhere.npz'"),
+        ("--reference-only --n 50000", "--n has no meaning with --reference_only"),
+        ("--n 1", "n must be at least 2, got 1"),
+        ("--batch-size 0", "batch_size must be at least 1"),
+        ("--neighbours -1", "neighbours must be a number of samples"),
+        ("--splits train,validation", "split must be one of train, test, got 'validation'"),
+        ("--solver heun,hoin", "unknown solver 'hoin'"),
+        ("--steps 5,0", "steps must be at least 1, got 0"),
+        ("--steps 5,ten", "expected values such as 5,10,20"),
+        ("--features pixel", "features: Expected one of ['inception', 'pixels']"),
+        ("--weights ema_9", "no weights 'ema_9'"),
+        ("--data Digits --data.size 3", "data.size: no such option"),
+    ],
+)
+def test_contradictions_are_named_in_one_line(checkpoint, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(capsys, "--checkpoint", checkpoint, *options.split())
+
+
+def test_models_and_data_that_do_not_fit(tmp_path, checkpoint, options, capsys):
+    vectors = str(save_run(tmp_path / "vectors", known_model((1,), None), TwoPoints()))
+    with pytest.raises(ValueError, match="evaluation is of images, and TwoPoints holds vectors"):
+        evaluate(vectors, **options)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"model makes images of shape \(1, 8, 8\), and ImageFolder holds \(3, 9, 9\)"):
+        evaluate(checkpoint, data=ImageFolder(str(tmp_path), 9), **options)
+    unconditional = str(save_run(tmp_path / "unconditional", known_model(num_classes=None)))
+    with pytest.raises(ValueError, match="needs a model of the data's 10 classes, and this one has none"):
+        evaluate(unconditional, metrics=Names(["class"]), **options)
+    with pytest.raises(ValueError, match=r"guidance 2 needs a class-conditional model"):
+        evaluate(unconditional, guidance=Numbers([2.0]), **options)
+    with pytest.raises(ValueError, match="ImageFolder has no test pictures"):
+        evaluate(
+            data=ImageFolder(str(tmp_path), 8), reference_only=True, splits=Names(["test"]), cache=options["cache"]
+        )
+    assert "give a --checkpoint to sample from, or --images to score" in refusal(capsys)
+    assert "give --data, or the --checkpoint" in refusal(capsys, "--reference-only")
+
+
+def test_a_folder_that_cannot_be_written(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        evaluate(checkpoint, n=4, out=str(tmp_path / "file" / "out"), cache=str(tmp_path / "cache"))
+
+
+def flags(options: dict) -> list[object]:
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def model_with_bias(tmp_path, bias: float) -> str:
+    model = known_model()
+    torch.nn.init.constant_(model.net.outputs[-1].bias, bias)
+    return str(save_run(tmp_path / "run", model))
+
+
+def test_a_model_that_makes_nan_has_no_score(tmp_path, options, capsys):
+    line = refusal(capsys, "--checkpoint", model_with_bias(tmp_path, torch.nan), "--n", 70, *flags(options))
+    assert "NaN or infinite values" in line
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_a_model_whose_samples_have_another_range_is_warned_of(tmp_path, options):
+    with pytest.warns(UserWarning, match="of the samples' values lie beyond"):
+        evaluate(model_with_bias(tmp_path, 40.0), n=70, metrics=Names(["fid"]), **options)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>"])
+def test_inception_weights_that_are_something_else(content, checkpoint, tmp_path, options, monkeypatch, capsys):
+    (tmp_path / "weights.pth").write_bytes(content)
+    monkeypatch.setenv("FMLIT_INCEPTION", str(tmp_path / "weights.pth"))
+    line = refusal(capsys, "--checkpoint", checkpoint, "--features", "inception", *flags(options))
+    assert f"{tmp_path / 'weights.pth'} is not a weights file" in line
+
+
+def test_statistics_of_something_else_in_the_cache(checkpoint, options, tmp_path, capsys):
+    cache = {"data": Digits(), "reference_only": True, "cache": options["cache"]}
+    (train,) = evaluate(**cache)["references"]
+    (test,) = evaluate(**cache, splits=Names(["test"]))["references"]
+    Path(test).replace(train)
+    line = refusal(capsys, "--checkpoint", checkpoint, "--n", 70, *flags(options))
+    assert f"{train} holds statistics of Identity" in line
+    assert line.endswith("delete it")
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_pictures(n, options, tmp_path, capsys):
+    with open(tmp_path / "x.npz", "wb") as file:
+        save_npz(file, torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
+    line = refusal(capsys, "--images", tmp_path / "x.npz", "--data", "Digits", *flags(options))
+    assert f"at least 2 generated images, got {n}" in line

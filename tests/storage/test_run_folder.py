@@ -1,0 +1,341 @@
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+from fmlit.storage.run_folder import claim, newest, wandb_id
+from fmlit.training import rendezvous
+from fmlit.training.launch import begin
+from fmlit.training.rendezvous import agree
+
+LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "FMLIT_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(LAUNCHERS):
+            monkeypatch.delenv(name)
+    yield
+    for name in list(os.environ):  # what agree and Lightning's environments export
+        if name.startswith(LAUNCHERS):
+            del os.environ[name]
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def start(function, out, **env):
+    """Run in a forked process with these variables; its result or error ends up in a file of ``out``."""
+
+    def child():
+        os.environ.update(env)
+        rendezvous._calls = itertools.count()  # a process of its own starts counting anew
+        try:
+            result = function()
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        (out / str(os.getpid())).write_text(str(result))
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def results(processes, out):
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return [(out / str(process.pid)).read_text() for process in processes]
+
+
+# --- folders
+
+
+def test_occupied_names_are_numbered(tmp_path):
+    folders = [claim(tmp_path / "runs", "quickstart") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["quickstart", "quickstart-002", "quickstart-003"]
+    assert newest(tmp_path / "runs", "quickstart") == folders[2]
+    folders[0].joinpath("run.json").unlink()
+    folders[0].rmdir()
+    assert claim(tmp_path / "runs", "quickstart").name == "quickstart-004"  # the highest number is always the newest
+
+
+def test_name_that_looks_like_a_number_is_another_run(tmp_path):
+    assert claim(tmp_path, "imagenet").name == "imagenet"
+    assert claim(tmp_path, "imagenet-256").name == "imagenet-256"
+    assert newest(tmp_path, "imagenet").name == "imagenet"
+    assert claim(tmp_path, "imagenet").name == "imagenet-002"
+    assert newest(tmp_path, "imagenet-002").name == "imagenet-002"  # a run of its own can be named by its folder
+    assert claim(tmp_path, "imagenet-256").name == "imagenet-256-002"
+
+
+def test_nothing_of_an_occupied_folder_is_touched(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text("precious")
+    (tmp_path / "file").write_text("")
+    assert claim(tmp_path, "mine").name == "mine-002"
+    assert claim(tmp_path, "file").name == "file-002"
+    assert (tmp_path / "mine" / "run.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "/a", "a\\b", "a\nb", "a\0"])
+def test_name_must_be_a_folder_name(tmp_path, name):
+    with pytest.raises(ValueError, match="plain folder name"):
+        claim(tmp_path, name)
+
+
+def test_no_run_to_resume(tmp_path):
+    for root in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=f"no run named 'mnist' in {root}"):
+            newest(root, "mnist")
+    with pytest.raises(ValueError, match="without --resume"):
+        begin(tmp_path, "mnist", resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_root_that_cannot_be_written(tmp_path, out):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"cannot create a run folder in {tmp_path / 'file'}"):
+        claim(tmp_path / "file", "mnist")
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+
+    def without_rights():
+        if os.getuid() == 0:
+            os.setegid(65534)
+            os.seteuid(65534)
+        try:
+            return claim(folder, "mnist")
+        finally:
+            os.seteuid(os.getuid())
+
+    (message,) = results([start(without_rights, out)], out)
+    folder.rmdir()
+    assert message == f"OSError: cannot create a run folder in {folder}: Permission denied; choose another"
+
+
+def test_full_disk_leaves_no_folder(tmp_path, out):
+    def full():
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        try:
+            return claim(tmp_path / "runs", "mnist")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    (message,) = results([start(full, out)], out)
+    assert message == f"OSError: cannot create a run folder in {tmp_path / 'runs'}: File too large; choose another"
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_racing_jobs_never_share_a_folder(tmp_path, out):
+    at = time.time() + 0.5
+
+    def race():
+        time.sleep(max(0.0, at - time.time()))
+        return [claim(tmp_path / "runs", "race").name for _ in range(20)]
+
+    claimed = results([start(race, out) for _ in range(4)], out)
+    names = [name for line in claimed for name in json.loads(line.replace("'", '"'))]
+    assert len(set(names)) == 80
+    assert set(names) == {"race"} | {f"race-{number:03d}" for number in range(2, 81)}
+
+
+def test_wandb_id_is_made_once(tmp_path):
+    first, second = claim(tmp_path, "a"), claim(tmp_path, "a")
+    assert wandb_id(first) == wandb_id(first)
+    assert wandb_id(first) != wandb_id(second)
+    assert json.loads((first / "run.json").read_text()) == {"name": "a", "wandb_id": wandb_id(first)}
+    assert newest(tmp_path, "a") == second
+
+
+def test_damaged_run_file_is_named(tmp_path):
+    folder = claim(tmp_path, "a")
+    for content in ("", "[1]", "{"):
+        (folder / "run.json").write_text(content)
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
+            wandb_id(folder)
+
+
+# --- coming back
+
+
+def launched(monkeypatch, **env):
+    for name in list(os.environ):
+        if name.startswith(LAUNCHERS):
+            monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_plain_launches_get_new_folders_or_resume(tmp_path):
+    assert begin(tmp_path, "a") == (tmp_path / "a", False)
+    assert begin(tmp_path, "a") == (tmp_path / "a-002", False)
+    assert begin(str(tmp_path), "a", resume=True) == (tmp_path / "a-002", True)
+
+
+def test_requeued_job_comes_back_to_its_folder(tmp_path, monkeypatch):
+    def job(job_id, restart=0, resume=False, **env):
+        restarted = {"SLURM_RESTART_COUNT": restart} if restart else {}
+        launched(monkeypatch, SLURM_JOB_ID=job_id, **restarted, **env)
+        folder, resumed = begin(tmp_path, "a", resume)
+        return folder.name, resumed
+
+    assert job(7, SLURM_STEP_ID=0) == ("a", False)
+    assert job(8, SLURM_STEP_ID=0, SLURM_ARRAY_JOB_ID=7, SLURM_ARRAY_TASK_ID=1) == ("a-002", False)
+    assert job(7, SLURM_STEP_ID=1) == ("a-003", False)  # a second srun of the same job
+    assert job(7, restart=1, SLURM_STEP_ID=0) == ("a", True)
+    assert job(7, restart=1, SLURM_STEP_ID=1) == ("a-003", True)
+    assert job(8, restart=2, SLURM_STEP_ID=0) == ("a-002", True)
+    assert job(9, restart=1, SLURM_STEP_ID=0) == ("a-004", False)  # requeued before it had a folder
+    assert job(7, SLURM_STEP_ID=0) == ("a-005", False)  # another cluster's job 7: not a restart
+    assert job(10, resume=True) == ("a-005", True)
+    assert job(11) == ("a-006", False)
+    assert job(10, restart=1, resume=True) == ("a-005", True)  # where it was, not the newest
+
+
+def test_torchrun_restart_comes_back_to_its_folder(tmp_path, monkeypatch):
+    def attempt(run_id, count, port=29500):
+        launched(
+            monkeypatch,
+            TORCHELASTIC_RUN_ID=run_id,
+            TORCHELASTIC_RESTART_COUNT=count,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        folder, resumed = begin(tmp_path, "a")
+        return folder.name, resumed
+
+    assert attempt("x", 0) == ("a", False)
+    assert attempt("none", 0, 29501) == ("a-002", False)
+    assert attempt("none", 0, 29502) == ("a-003", False)
+    assert attempt("x", 1, 40000) == ("a", True)  # rank 0 may be on another node now
+    assert attempt("none", 1, 29501) == ("a-002", True)
+    assert attempt("x", 0) == ("a-004", False)  # the same id, typed again
+
+
+# --- agreeing
+
+
+def test_child_of_lightnings_launcher_hears_from_its_parent(out, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_calls", itertools.count())
+    assert agree(lambda: "first") == "first"
+    assert agree(lambda: "second") == "second"
+    child = start(lambda: [agree(lambda: "wrong"), agree(lambda: "wrong")], out, LOCAL_RANK="1", WORLD_SIZE="2")
+    stray = start(lambda: [agree(lambda: "wrong") for _ in range(3)], out, LOCAL_RANK="1")
+    heard, error = results([child, stray], out)
+    assert heard == "['first', 'second']"
+    assert error.startswith("ValueError: LOCAL_RANK is 1, but no process has decided")
+
+
+def test_several_nodes_need_a_launcher(monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(ValueError, match=r"NODE_RANK is 1.*torchrun or srun"):
+        agree(lambda: "wrong")
+
+
+def slurm_task(rank, port, tasks=2):
+    return {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": str(tasks),
+        "SLURM_NTASKS_PER_NODE": str(tasks),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_ID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def test_slurm_tasks_agree_and_the_process_group_still_starts(tmp_path, out):
+    port = find_free_network_port()
+
+    def task():
+        folder = begin(tmp_path, "a").folder.name
+        again = agree(lambda: str(os.getpid()))
+        rank = int(os.environ["SLURM_PROCID"])
+        dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+        gathered: list[Any] = [None, None]
+        dist.all_gather_object(gathered, (folder, again))
+        return [(folder, again), *gathered]
+
+    late = start(task, out, **slurm_task(1, port))
+    time.sleep(0.3)
+    first = start(task, out, **slurm_task(0, port))
+    expected = str([("a", str(first.pid))] * 3)
+    assert results([late, first], out) == [expected, expected]
+
+
+def test_failure_of_rank_0_reaches_all(out):
+    port = find_free_network_port()
+
+    def fail():
+        raise OSError("no space\nleft")
+
+    tasks = [start(lambda: agree(fail, timeout_s=20), out, **slurm_task(rank, port, 3)) for rank in range(3)]
+    assert results(tasks, out) == ["OSError: no space\nleft", *["ValueError: rank 0: no space"] * 2]
+
+
+def test_missing_processes_are_named(out):
+    port = find_free_network_port()
+
+    def task():
+        return agree(lambda: "x", timeout_s=1)
+
+    tasks = [start(task, out, **slurm_task(rank, port, 4)) for rank in (0, 2)]
+    assert results(tasks, out) == [
+        "TimeoutError: ranks [1, 3] of 4 did not come; was the script started by torchrun or srun?",
+        "x",
+    ]
+    (alone,) = results([start(task, out, **slurm_task(1, find_free_network_port()))], out)
+    assert alone.startswith("OSError: rank 1 did not find rank 0 within 1 s at 127.0.0.1:")
+    assert "\n" not in alone
+
+
+SCRIPT = """
+import os, pathlib, sys, time
+from fmlit.training import rendezvous
+out, restarts = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+rank, attempt = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+agreed = [rendezvous.agree(lambda: f"{call} {os.getpid()}") for call in range(2)]
+(out / f"{attempt}-{rank}").write_text(" ".join(agreed))
+if attempt < restarts:
+    while not ((out / f"{attempt}-0").exists() and (out / f"{attempt}-1").exists()):
+        time.sleep(0.01)
+    os._exit(3)
+"""
+
+
+@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_torchrun_processes_agree_anew_in_each_attempt(tmp_path, out, restarts):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    command = [*torchrun, *options, str(tmp_path / "script.py"), str(out), str(restarts)]
+    done = subprocess.run(command, timeout=120, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = {file.name: file.read_text().split() for file in out.iterdir()}
+    attempts = range(restarts + 1)
+    assert said.keys() == {f"{attempt}-{rank}" for attempt in attempts for rank in range(2)}
+    assert all(said[f"{attempt}-0"] == said[f"{attempt}-1"] for attempt in attempts)
+    assert all((words[0], words[2]) == ("0", "1") for words in said.values())
+    assert len({words[1] for words in said.values()}) == restarts + 1
