@@ -20,7 +20,7 @@ from benchmarks.published import PublishedLoop
 from benchmarks.rounds import Round, now, rates, run_round, spread
 from benchmarks.workload import Setup, Workload, quiet
 from fmlit.cli.train import TrainingCLI
-from fmlit.core.processes import Ranks
+from fmlit.core.processes import ProcessGroup
 from fmlit.metrics.cost import Meter
 
 STEPS_FOR_MEMORY = 2  # the first makes the optimiser's state, the second holds it and the activations at once
@@ -92,7 +92,7 @@ def peak_memory(setup: Setup, contender: str) -> int:
         work = Workload.of(cli, device)
         for package in [name for peer in PEERS if contender.startswith(peer) for name in PEERS[peer].packages]:
             importlib.import_module(package)
-        before = Meter(device).cost(0, Ranks()).memory
+        before = Meter(device).cost(0, ProcessGroup()).memory
         meter = Meter(device)
         if contender == FMLIT:
             if device.type == "cpu":  # where its weights are held already
@@ -103,7 +103,7 @@ def peak_memory(setup: Setup, contender: str) -> int:
             if isinstance(loop, PublishedLoop):
                 loop.load_in_process()
             loop.block(0, STEPS_FOR_MEMORY)
-        return meter.cost(0, Ranks()).memory - before
+        return meter.cost(0, ProcessGroup()).memory - before
 
 
 def peak_memories(setup: Setup, contenders: Sequence[str], report: Report) -> dict[str, int | None]:

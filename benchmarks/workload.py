@@ -196,7 +196,7 @@ def _check(module: object, precision: str) -> None:
     if not isinstance(module, FlowMatchingModule):
         raise ValueError(f"net: the benchmark trains by flow matching, and the recipe by {type(module).__name__}")
     model = module.model
-    parts = {UNet: model.net, CondOTPath: model.path, Velocity: model.prediction, UniformTime: module.time_law}
+    parts = {UNet: model.net, CondOTPath: model.path, Velocity: model.prediction, UniformTime: module.time_distribution}
     for kind, part in parts.items():
         if type(part) is not kind:
             raise ValueError(

@@ -15,7 +15,7 @@ _HOMES = {  # defining module: its public names
     "fmlit.flows.mixtures": "GaussianMixture",
     "fmlit.flows.paths": "CondOTPath CosinePath GaussianPath PolynomialPath VPPath",
     "fmlit.flows.predictions": "Data Noise PreconditionedVelocity Prediction Score Velocity",
-    "fmlit.flows.times": "LogitNormalTime TimeLaw UniformTime",
+    "fmlit.flows.times": "LogitNormalTime TimeDistribution UniformTime",
     "fmlit.solvers.likelihood": "bits_per_dimension log_likelihood",
     "fmlit.models.generative_model": "GenerativeModel",
     "fmlit.models.mlp": "MLP",
@@ -81,7 +81,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fmlit.flows.predictions import Score as Score
     from fmlit.flows.predictions import Velocity as Velocity
     from fmlit.flows.times import LogitNormalTime as LogitNormalTime
-    from fmlit.flows.times import TimeLaw as TimeLaw
+    from fmlit.flows.times import TimeDistribution as TimeDistribution
     from fmlit.flows.times import UniformTime as UniformTime
     from fmlit.metrics.dinov2 import DINOv2Features as DINOv2Features
     from fmlit.metrics.features import Features as Features

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from docs.draw import curves, images, memorisation, odes, picard, plane, sdes, solver_table, style, two_points
+from docs.draw import curves, images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
 from docs.draw.oracle import checkerboard, exact_model
 from fmlit.cli.options import Names
 from fmlit.core.files import new_file
@@ -31,7 +31,7 @@ EXACT: dict[str, Callable[[], Figure]] = {
 }
 TRAINED: dict[str, Callable[[GenerativeModel], Figure]] = {
     "sampling_trajectories": images.sampling_trajectories,
-    "digits_as_diracs": memorisation.digits_as_diracs,
+    "digits_as_diracs": memorization.digits_as_diracs,
 }
 ANIMATED = "gaussian_to_data.gif"
 PICTURES = (*(f"{name}.png" for name in (*EXACT, *TRAINED)), ANIMATED)

@@ -4,7 +4,7 @@ import torch
 from matplotlib.figure import Figure
 
 from docs.draw import style
-from docs.draw.memorisation import real_digits
+from docs.draw.memorization import real_digits
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.flows.diffusions import BetaDiffusion
 from fmlit.flows.paths import CondOTPath, CosinePath, VPPath

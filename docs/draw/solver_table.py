@@ -32,7 +32,7 @@ class VariantSampler(ODESampler):
         super().__init__(method, steps, grid)
         self.options = options
 
-    def walk(
+    def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
         solver = getattr(solvers, self.method)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fmlit.cli.options import Integers, Names, Numbers, build_sampler, choose_device, load_guide, processes
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 from fmlit.data import DataModule
 from fmlit.data.stores import warn_of_uneven_classes
 from fmlit.evaluation import reports
@@ -67,7 +68,7 @@ def evaluate(
             reads as the class that was asked for; bpd, bits per dimension of at most n test images. Default fid,kid.
         features: In which distances are taken: inception (of FID), pixels, or a class of features. By default pixels
             for images with a side below 32 pixels, and inception for all others.
-        splits: Parts of the data to compare with: train, or train,test, where a gap shows memorisation.
+        splits: Parts of the data to compare with: train, or train,test, where a gap shows memorization.
         flip: Compare with the real images and their mirror images.
         solver: Solvers by name: heun (default), euler, unipc, dpmpp_2m, euler_maruyama, ...
         steps: Numbers of steps, such as 5,10,20; by default 18, 250 for an SDE, 128 for churn.
@@ -93,14 +94,14 @@ def evaluate(
     sampling |= {"neighbours": neighbours or None, "save_images": save_images}
     model = {"n": n, "weights": weights, "seed": seed, "compile": compile, **sampling}
     if neighbours < 0:
-        raise ValueError(f"neighbours must be a number of samples, got {neighbours}")
+        raise UserError(f"neighbours must be a number of samples, got {neighbours}")
     chosen = _check_metrics(metrics or ["fid", "kid"], images is not None)
     if reference_only:
         _refuse("reference_only", {"images": images, "metrics": metrics, "out": out, "wandb": wandb, **model})
     elif images is not None:
         _refuse("images", model)
     elif checkpoint is None:
-        raise ValueError("give a --checkpoint to sample from, or --images to score")
+        raise UserError("give a --checkpoint to sample from, or --images to score")
     elif set(chosen) == {"bpd"}:
         _refuse("metrics bpd, which draws no samples", sampling)
 
@@ -109,7 +110,7 @@ def evaluate(
     with processes(where) as ranks:
         data = data or training_data(file, trust)
         if len(data.shape) != 3:
-            raise ValueError(f"evaluation is of images, and {type(data).__name__} holds vectors of shape {data.shape}")
+            raise UserError(f"evaluation is of images, and {type(data).__name__} holds vectors of shape {data.shape}")
         ranks.from_first(data.prepare_data)
         wanted = choose_features(features, data.shape)
         scorer = Scorer(data, chosen, wanted, splits, flip, cache, batch_size, where, ranks)
@@ -149,19 +150,19 @@ def _refuse(what: str, options: Mapping[str, Any]) -> None:
     """An option that has no effect is a misunderstanding."""
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise ValueError(f"--{given[0]} has no meaning with --{what}: leave one of them out")
+        raise UserError(f"--{given[0]} has no meaning with --{what}: leave one of them out")
 
 
 def _check_metrics(metrics: Sequence[str], of_images: bool) -> Sequence[str]:
     for metric in metrics:
         if metric not in METRICS:
-            raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
+            raise UserError(f"unknown metric {metric!r}: choose from {', '.join(METRICS)}")
         if of_images and metric in ("class", "bpd"):
-            raise ValueError(f"metric {metric} asks the model, and --images have none: score a --checkpoint")
+            raise UserError(f"metric {metric} asks the model, and --images have none: score a --checkpoint")
     return metrics
 
 
-def _result(cell: Cell, results: Results, ranks: Ranks) -> Record:
+def _result(cell: Cell, results: Results, ranks: ProcessGroup) -> Record:
     """The cell's record, from an earlier evaluation or measured now; one line of output."""
     record = ranks.from_first(lambda: results.find(cell.identity) if all(f.exists() for f in cell.files) else None)
     known = record is not None

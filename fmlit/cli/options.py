@@ -18,7 +18,8 @@ from jsonargparse.typing import register_type
 
 from fmlit.cli import errors
 from fmlit.cli.parsing import Parser
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 from fmlit.flows.diffusions import ConstantDiffusion, Diffusion
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.grids import Grid
@@ -45,7 +46,7 @@ def _register(many: type, one: type, example: str) -> None:
         try:
             return many(one(item.strip() if isinstance(item, str) else item) for item in items)
         except ValueError as error:
-            raise ValueError(f"expected values such as {example}") from error
+            raise UserError(f"expected values such as {example}") from error
 
     register_type(many, serializer=list, deserializer=read)
 
@@ -100,9 +101,9 @@ def build_sampler(
     """The sampler of a solver's name: an ODE's, an SDE's with ``sigma``, or churn. What is None keeps its default."""
     odes, sdes = get_args(ODEMethod), get_args(SDEMethod)
     if solver not in (*odes, *sdes, "churn"):
-        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join((*odes, *sdes, 'churn'))}")
+        raise UserError(f"unknown solver {solver!r}: choose from {', '.join((*odes, *sdes, 'churn'))}")
     if sigma is not None and solver not in sdes:
-        raise ValueError(f"sigma is the noise of an SDE, and {solver} takes none: choose from {', '.join(sdes)}")
+        raise UserError(f"sigma is the noise of an SDE, and {solver} takes none: choose from {', '.join(sdes)}")
     diffusion = ConstantDiffusion(sigma) if isinstance(sigma, int | float) else sigma
     options = {"steps": steps, "grid": grid, "sigma": diffusion}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -124,12 +125,12 @@ def choose_device(device: str) -> torch.device:
     try:
         torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (AssertionError, RuntimeError) as error:  # no such device, or a torch without support for it
-        raise ValueError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from error
+        raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from error
     return torch.device(device)
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[Ranks]:
+def processes(device: torch.device) -> Iterator[ProcessGroup]:
     """All processes of torchrun, joined for the length of the block; a process that was started alone stays alone."""
     joined = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if joined:
@@ -137,7 +138,7 @@ def processes(device: torch.device) -> Iterator[Ranks]:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks.current()
+        yield ProcessGroup.current()
     finally:
         if joined:
             dist.destroy_process_group()

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import fmlit
 from fmlit.cli import errors
+from fmlit.core.errors import UserError
 
 HELP = """Train an image generator by flow matching or score matching.
 
@@ -108,25 +109,25 @@ def check_arguments(args: Sequence[str]) -> None:
 
     Raises:
         OSError: a configuration file cannot be read.
-        ValueError: it is not YAML, or a key is set that takes its value from elsewhere.
+        UserError: it is not YAML, or a key is set that takes its value from elsewhere.
     """
     given = [errors.join_keys(option[1]) for arg in args if (option := re.match(r"--([\w.]+)", arg))]
     for path in config_files(args):
         given += _keys(_read_yaml(path))
     for key in given:
         if key in LINKS:
-            raise ValueError(f"{key}: takes its value from {LINKS[key]}; leave it out")
+            raise UserError(f"{key}: takes its value from {LINKS[key]}; leave it out")
 
 
 def check_network(config: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless the configured network takes the shape and the classes of the data, which are handed to
+    """Raise a UserError unless the configured network takes the shape and the classes of the data, which are handed to
     it by position: a width that stands in their place would get them, and labels would be dropped silently."""
     class_path = config.get("model.init_args.net.class_path")
     network: Any = pydoc.locate(class_path) if class_path else None
     if network is not None:
         takes = list(inspect.signature(network).parameters)
         if takes[:2] != ["shape", "num_classes"]:
-            raise ValueError(
+            raise UserError(
                 f"model.net: {class_path} must take shape and num_classes as its first two arguments, in that order; "
                 f"it takes {', '.join(takes) or 'none'}"
             )
@@ -144,9 +145,9 @@ def _read_yaml(path: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"config: {path}{where}: {getattr(error, 'problem', error)}") from error
+        raise UserError(f"config: {path}{where}: {getattr(error, 'problem', error)}") from error
     if not isinstance(content, dict | None):
-        raise ValueError(f"config: {path} must hold keys and values, not a {type(content).__name__}")
+        raise UserError(f"config: {path} must hold keys and values, not a {type(content).__name__}")
     return content
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fmlit.cli.options import Names, build_sampler, choose_device, load_guide
-from fmlit.core.files import new_file, new_folder, replacing
+from fmlit.core.errors import UserError
+from fmlit.core.files import atomic_write, new_file, new_folder
 from fmlit.core.progress import progress
 from fmlit.core.randomness import image_seeds
 from fmlit.core.tensors import to_uint8
@@ -87,7 +88,7 @@ def sample(
         device: auto, cpu, cuda, cuda:1, ...
     """
     if n < 1 or batch_size < 1 or (columns is not None and columns < 1):
-        raise ValueError(f"n, batch_size and columns must be at least 1, got {n}, {batch_size} and {columns}")
+        raise UserError(f"n, batch_size and columns must be at least 1, got {n}, {batch_size} and {columns}")
     started = time.perf_counter()
     file = find_checkpoint(checkpoint)
     sampler = build_sampler(solver, steps, grid, guidance, sigma, precision)
@@ -100,9 +101,9 @@ def sample(
     picture = new_file(out, ".png")
     path = None if trajectory is None else new_file(trajectory, ".png", ".gif")
     if path == picture:
-        raise ValueError(f"out and trajectory are the same file {path}: give them different names")
+        raise UserError(f"out and trajectory are the same file {path}: give them different names")
     if path is not None and len(model.shape) != 3:
-        raise ValueError(f"trajectories are drawn of images, and this model makes vectors of shape {model.shape}")
+        raise UserError(f"trajectories are drawn of images, and this model makes vectors of shape {model.shape}")
     classes = choose_classes(model, labels, file, trust)
     asked = None if classes is None else classes[torch.arange(n) % len(classes)]
     per_row = columns or (
@@ -135,11 +136,11 @@ def choose_classes(
 ) -> Tensor | None:
     """Class ids, of numbers as they are and of names by the data set that the checkpoint was trained on.
 
-    All classes for None; None for a model without classes. Raises ValueError for a class that there is not.
+    All classes for None; None for a model without classes. Raises UserError for a class that there is not.
     """
     if model.num_classes is None:
         if labels:
-            raise ValueError(f"labels {','.join(labels)} were given, and this model knows no classes: leave them out")
+            raise UserError(f"labels {','.join(labels)} were given, and this model knows no classes: leave them out")
         return None
     if labels is None:
         return torch.arange(model.num_classes)
@@ -150,7 +151,7 @@ def choose_classes(
     for label, class_id in zip(labels, ids, strict=True):
         if not 0 <= class_id < model.num_classes:
             known = f"0 to {model.num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
-            raise ValueError(f"labels: there is no class {label!r} in this model; choose from {known}")
+            raise UserError(f"labels: there is no class {label!r} in this model; choose from {known}")
     return torch.tensor(ids)
 
 
@@ -183,15 +184,15 @@ def _files(path: str | None, vectors: bool) -> Iterator[Callable[[Tensor, Tensor
     if path is None:
         yield lambda samples, labels: None
     elif Path(path).suffix == ".npz":
-        with replacing(new_file(path, ".npz")) as file:
+        with atomic_write(new_file(path, ".npz")) as file:
             yield lambda samples, labels: save_npz(file, samples if vectors else to_uint8(samples), labels)
     elif vectors:
-        raise ValueError(f"save_images {path} must end in .npz: this model makes vectors")
+        raise UserError(f"save_images {path} must end in .npz: this model makes vectors")
     else:
         with new_folder(Path(path)) as folder:
             yield lambda samples, labels: save_pngs(folder, to_uint8(samples))
 
 
 def _write(picture: "Image", path: Path, **options: Any) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         picture.save(file, path.suffix[1:], **options)

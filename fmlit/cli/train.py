@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 import fmlit
 from fmlit.cli import errors
 from fmlit.cli.parsing import HELP, Parser, check_arguments, check_network, config_files
+from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule
 from fmlit.storage.checkpoints import AtomicCheckpointIO
 from fmlit.training.averages import EMA
@@ -37,7 +38,7 @@ from fmlit.training.loggers import MetricsFile
 from fmlit.training.modules import GenerativeModule
 from fmlit.training.rendezvous import agree
 from fmlit.training.resume import Start, find_start, take_weights
-from fmlit.training.summary import callback, few_words, headline, summary
+from fmlit.training.summary import callback, headline, quiet_logging, summary
 from fmlit.training.trainer_settings import (
     best_precision,
     better_strategy,
@@ -51,7 +52,7 @@ from fmlit.training.trainer_settings import (
 
 # Trainer options that would be accepted and then ignored: the stream of batches is endless and its length is in images,
 # there is no validation loop, and run folder, checkpoints and their hash are ours.
-OURS = {
+MANAGED_TRAINER_OPTIONS = {
     *("default_root_dir", "enable_checkpointing", "enable_model_summary", "enable_autolog_hparams", "model_registry"),
     *("use_distributed_sampler", "reload_dataloaders_every_n_epochs", "inference_mode", "barebones", "fast_dev_run"),
     *("max_epochs", "min_epochs", "min_steps", "limit_train_batches", "overfit_batches"),
@@ -124,7 +125,7 @@ class TrainingCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(
-            pl.Trainer, "trainer", skip=OURS, instantiate=False, fail_untyped=False, sub_configs=True
+            pl.Trainer, "trainer", skip=MANAGED_TRAINER_OPTIONS, instantiate=False, fail_untyped=False, sub_configs=True
         )
         parser.add_lightning_class_args(GenerativeModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(DataModule, "data", subclass_mode=True)
@@ -157,7 +158,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         if self.config["images"] < 1:
-            raise ValueError(f"images: a run has at least 1 training image, got {self.config['images']}")
+            raise UserError(f"images: a run has at least 1 training image, got {self.config['images']}")
         check_trainer(self.config["trainer"])
         check_network(self.config)
 
@@ -165,7 +166,7 @@ class TrainingCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except errors.USER_ERRORS as error:
-            raise ValueError(errors.blame(error, self.config.as_dict(), PARTS)) from error
+            raise UserError(errors.blame(error, self.config.as_dict(), PARTS)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         resume, self.config["resume"] = self.config["resume"], False  # config.yaml starts a run of its own
@@ -196,7 +197,7 @@ class TrainingCLI(LightningCLI):
             strategy = better_strategy(self.config["trainer"]["strategy"], trainer)
             return unprofiled(super().instantiate_trainer(**settings, strategy=strategy) if strategy else trainer)
         except errors.USER_ERRORS as error:
-            raise ValueError(f"trainer: {error}") from error
+            raise UserError(f"trainer: {error}") from error
 
     def _trainer_settings(self) -> dict[str, Any]:
         """What is not left to the user, and the user's lists with ours added."""
@@ -229,13 +230,13 @@ class TrainingCLI(LightningCLI):
         }
 
     def _check_processes(self, trainer: pl.Trainer) -> None:
-        """Raise a ValueError now, before other processes are launched, rather than in each of them."""
+        """Raise a UserError now, before other processes are launched, rather than in each of them."""
         check_launch(trainer.world_size)
         self.datamodule.trainer = trainer
         try:
-            self.datamodule.share()
+            self.datamodule.rank_slice()
         except ValueError as error:
-            raise ValueError(f"data.{error}") from error
+            raise UserError(f"data.{error}") from error
 
     def fit(self) -> None:
         """Train. A run folder in which nothing was learnt is removed again."""
@@ -277,7 +278,7 @@ def train(args: Sequence[str], default_config: Path) -> None:
     started = time.perf_counter()
     if not config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
-    with few_words():
+    with quiet_logging():
         with errors.one_line_errors(memory=MEMORY):
             cli = TrainingCLI(args)
         preempted = None

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 
 
 class Hash(NamedTuple):
@@ -20,7 +21,7 @@ class Hash(NamedTuple):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of ``path`` at once and durably when the block ends; if it fails, nothing is left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: only there is a move atomic
     try:
@@ -61,16 +62,16 @@ def read_hashes(path: Path) -> list[Hash]:
 
 
 def write_hashes(path: Path, hashes: Iterable[Hash]) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write("".join(f"{digest}  {name}\n" for digest, name in hashes).encode())
 
 
 @contextmanager
-def new_folder(path: Path, ranks: Ranks = Ranks()) -> Iterator[Path]:
+def new_folder(path: Path, ranks: ProcessGroup = ProcessGroup()) -> Iterator[Path]:
     """A folder to fill, by all ranks; it appears under its name when the block ends, and not at all if that fails.
 
     Raises:
-        ValueError: there is something of that name already, other than an empty folder.
+        UserError: there is something of that name already, other than an empty folder.
         OSError: it cannot be written.
     """
     whole = path.resolve()  # "." has no name
@@ -78,7 +79,7 @@ def new_folder(path: Path, ranks: Ranks = Ranks()) -> Iterator[Path]:
 
     def begin() -> None:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise ValueError(f"{path} exists already: remove it, or choose another name")
+            raise UserError(f"{path} exists already: remove it, or choose another name")
         shutil.rmtree(partial, ignore_errors=True)  # of a killed process
         partial.mkdir(parents=True)
 
@@ -87,7 +88,7 @@ def new_folder(path: Path, ranks: Ranks = Ranks()) -> Iterator[Path]:
 
     ranks.from_first(begin)
     try:
-        with ranks.failing_together():
+        with ranks.fail_together():
             yield partial
         ranks.from_first(end)
     except BaseException:
@@ -100,12 +101,12 @@ def new_file(path: str, *endings: str) -> Path:
     """A path that can be written, looked at before the work rather than after it; its folder is made.
 
     Raises:
-        ValueError: it does not end in one of ``endings``.
+        UserError: it does not end in one of ``endings``.
         OSError: its folder cannot be made or written.
     """
     file = Path(path)
     if file.suffix.lower() not in endings:
-        raise ValueError(f"{path} must end in {' or '.join(endings)}")
+        raise UserError(f"{path} must end in {' or '.join(endings)}")
     file.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(file.parent, os.W_OK) or file.is_dir():
         raise OSError(f"cannot write {path}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")

@@ -13,10 +13,11 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """The processes that share a computation. All of them must call each method, in the same order.
 
-    ``Ranks()`` is one process on its own, and exchanges nothing: also for work that one rank of a group does alone.
+    ``ProcessGroup()`` is one process on its own, which exchanges nothing. It also serves for work that one rank of a
+    group does alone.
     """
 
     rank: int = 0
@@ -24,11 +25,11 @@ class Ranks:
     group: Any = None  # a torch process group; None is the default one
 
     @staticmethod
-    def current(group: Any = None) -> "Ranks":
+    def current(group: Any = None) -> "ProcessGroup":
         """All processes of the (default) process group, or this one where torch.distributed is not initialised."""
         if not (dist.is_available() and dist.is_initialized()):
-            return Ranks()
-        return Ranks(dist.get_rank(group), dist.get_world_size(group), group)
+            return ProcessGroup()
+        return ProcessGroup(dist.get_rank(group), dist.get_world_size(group), group)
 
     def _device(self) -> torch.device:
         """Where the group's backend wants its tensors."""
@@ -65,11 +66,11 @@ class Ranks:
         return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)]).to(rows.device)
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """An exception on one rank inside the block ends it on all, instead of leaving the others in a collective.
 
         Raises:
-            ValueError, RuntimeError: on the ranks that did not fail, naming the ones that did and why; a ValueError
+            UserError, RuntimeError: on the ranks that did not fail, naming the ones that did and why; a UserError
                 where the reason is one, or a file.
         """
         failure: Exception | None = None
@@ -88,7 +89,7 @@ class Ranks:
     def from_first(self, produce: Callable[[], T]) -> T:
         """What ``produce()`` returns on rank 0, on every rank."""
         value: list[Any] = [None]
-        with self.failing_together():
+        with self.fail_together():
             if self.rank == 0:
                 value[0] = produce()
         if self.size > 1:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
+
 VALUES_PER_THREAD = 250_000  # a few milliseconds; starting a thread takes a tenth of one
 
 
@@ -42,7 +44,7 @@ def seed_layers(number: int, device: torch.device) -> None:
 def image_seeds(seed: int, indices: Sequence[int] | Tensor) -> Tensor:
     """Seeds of images ``indices`` of the collection ``seed``: int64 (B,), distinct for all indices below 2^32."""
     if not 0 <= seed < 2**31:
-        raise ValueError(f"seed must lie in [0, 2^31), got {seed}")
+        raise UserError(f"seed must lie in [0, 2^31), got {seed}")
     return torch.as_tensor(indices, dtype=torch.int64) + (seed << 32)
 
 

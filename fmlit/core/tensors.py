@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
+
 Field = Callable[[Tensor, Tensor], Tensor]  # (x: (B, *shape), t: (B,)) -> like x; of a diffusion: broadcastable to x
 
 
@@ -15,32 +17,32 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
     axis, which runs without error whenever B equals the image width.
     """
     if t.ndim != 1 or t.shape[0] != x.shape[0]:
-        raise ValueError(f"t must have shape ({x.shape[0]},) for x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
+        raise UserError(f"t must have shape ({x.shape[0]},) for x of shape {tuple(x.shape)}, got {tuple(t.shape)}")
     return t.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def check_like(x: Tensor, like: Tensor, what: str) -> None:
-    """Raise a ValueError that names ``what`` unless two tensors have one shape: they would be broadcast silently."""
+    """Raise a UserError that names ``what`` unless two tensors have one shape: they would be broadcast silently."""
     if x.shape != like.shape:
-        raise ValueError(f"{what} must have the same shape, got {tuple(x.shape)} and {tuple(like.shape)}")
+        raise UserError(f"{what} must have the same shape, got {tuple(x.shape)} and {tuple(like.shape)}")
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] to uint8 by clamping and rounding to the nearest level.
 
     Raises:
-        ValueError: the images are integers, or a value is NaN or infinite (a cast would turn it into an ordinary grey
+        UserError: the images are integers, or a value is NaN or infinite (a cast would turn it into an ordinary grey
             value).
     """
     if not images.is_floating_point():
-        raise ValueError(f"expected images in [-1, 1] as floating-point numbers, got {images.dtype}")
+        raise UserError(f"expected images in [-1, 1] as floating-point numbers, got {images.dtype}")
     if not torch.isfinite(images).all():
-        raise ValueError(f"images of shape {tuple(images.shape)} hold NaN or infinite values")
+        raise UserError(f"images of shape {tuple(images.shape)} hold NaN or infinite values")
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def from_uint8(images: Tensor) -> Tensor:
     """uint8 images to float32 in [-1, 1]."""
     if images.dtype != torch.uint8:
-        raise ValueError(f"expected uint8 images, got {images.dtype}")
+        raise UserError(f"expected uint8 images, got {images.dtype}")
     return images.float().div(127.5).sub(1.0)

@@ -9,15 +9,16 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import from_uint8
 from fmlit.data.order import GlobalBatchSampler, TrainingOrder
 from fmlit.data.resident import ResidentDataset, resident
-from fmlit.data.stores import LabelledDataset, TrainingView, as_is
+from fmlit.data.stores import LabeledDataset, TrainingView, as_is
 
 Split = Literal["train", "test"]
 
 
-class Share(NamedTuple):
+class RankSlice(NamedTuple):
     """What this process takes of a global micro-batch: slice ``rank`` of ``world_size`` slices of ``size`` images."""
 
     size: int
@@ -44,14 +45,14 @@ class DataModule(LightningDataModule, ABC):
     def __init__(self, batch_size: int = 128, seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         self.batch_size = batch_size
         self.seed = seed
-        self._datasets: dict[Split, LabelledDataset] = {}
+        self._datasets: dict[Split, LabeledDataset] = {}
         self._resident: ResidentDataset | None = None
 
     @abstractmethod
-    def load(self, split: Split) -> LabelledDataset:
+    def load(self, split: Split) -> LabeledDataset:
         """Read the items of one split. Called once per split and process, possibly at the same time on many ranks."""
 
     @property
@@ -59,10 +60,10 @@ class DataModule(LightningDataModule, ABC):
         """Number of classes; None for data without classes, whose labels are all 0."""
         return None if self.class_names is None else len(self.class_names)
 
-    def dataset(self, split: Split) -> LabelledDataset:
+    def dataset(self, split: Split) -> LabeledDataset:
         """The unaugmented items of a split in their fixed order: pairs of uint8 image or float vector, and class id."""
         if split not in get_args(Split):
-            raise ValueError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
+            raise UserError(f"split must be one of {', '.join(get_args(Split))}, got {split!r}")
         if split not in self._datasets:
             self._datasets[split] = self.load(split)
         return self._datasets[split]
@@ -78,9 +79,9 @@ class DataModule(LightningDataModule, ABC):
         data fit on the accelerator they are copied there, and batches hold rows and flips until then.
 
         Raises:
-            ValueError: see ``share``.
+            UserError: see ``share``.
         """
-        share = self.share()
+        share = self.rank_slice()
         dataset = self.dataset("train")
         sampler = GlobalBatchSampler(
             TrainingOrder(len(dataset), self.seed),
@@ -115,19 +116,19 @@ class DataModule(LightningDataModule, ABC):
         module = None if self.trainer is None else self.trainer.lightning_module
         return int(getattr(module, "images_seen", 0))
 
-    def share(self) -> Share:
+    def rank_slice(self) -> RankSlice:
         """This process's part of a global micro-batch.
 
         Raises:
-            ValueError: batch_size cannot be split evenly, or Lightning would put a sampler of its own in place of ours.
+            UserError: batch_size cannot be split evenly, or Lightning would put a sampler of its own in place of ours.
         """
         trainer: Any = self.trainer
         if trainer is None:
-            return Share(self.batch_size, 0, 1)
+            return RankSlice(self.batch_size, 0, 1)
         world_size, accumulated = trainer.world_size, trainer.accumulate_grad_batches
         # Lightning keeps the flag nowhere public, and its own error names a sampler that the user has never seen.
         if world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
+            raise UserError(
                 "pass Trainer(use_distributed_sampler=False): the data module already deals images to the "
                 f"{world_size} processes"
             )
@@ -135,11 +136,11 @@ class DataModule(LightningDataModule, ABC):
         if self.batch_size % parts:
             below = self.batch_size // parts * parts
             choices = f"{below} or {below + parts}" if below else f"{parts}"
-            raise ValueError(
+            raise UserError(
                 f"batch_size {self.batch_size} is not divisible by {parts} ({world_size} processes x "
                 f"{accumulated} accumulated batches): choose {choices}"
             )
-        return Share(self.batch_size // parts, trainer.global_rank, world_size)
+        return RankSlice(self.batch_size // parts, trainer.global_rank, world_size)
 
 
 def _outlive_preemption(worker: int) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
+
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow looks at the contents, not at the name: without this list, PostScript under a name ending in .png would be
 # handed to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-class PictureError(ValueError):
+class PictureError(UserError):
     """A picture that cannot be read, in one line.
 
     A DataLoader rebuilds an exception of a worker process from the text of its whole traceback. The line that is meant
@@ -27,10 +29,10 @@ def find_pictures(folder: str | Path) -> list[str]:
     """Paths of all pictures below ``folder``, relative to it, with forward slashes, sorted; hidden ones left out.
 
     Raises:
-        ValueError: the folder is not there, or there is no picture in it.
+        UserError: the folder is not there, or there is no picture in it.
     """
     if not os.path.isdir(folder):
-        raise ValueError(f"there is no folder {folder}: give the folder that holds the pictures")
+        raise UserError(f"there is no folder {folder}: give the folder that holds the pictures")
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         above = [os.path.realpath(p) for p in (Path(parent), *Path(parent).parents)]
@@ -39,7 +41,7 @@ def find_pictures(folder: str | Path) -> list[str]:
         pictures = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
         found += [Path(parent, name).relative_to(folder).as_posix() for name in pictures]
     if not found:
-        raise ValueError(f"there are no pictures in {folder}: fmlit reads {', '.join(EXTENSIONS)}")
+        raise UserError(f"there are no pictures in {folder}: fmlit reads {', '.join(EXTENSIONS)}")
     return sorted(found)
 
 
@@ -76,10 +78,10 @@ def _to_rgb(image):
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError(f"32-bit levels from {levels.min()} to {levels.max()} have no fixed white")
+            raise UserError(f"32-bit levels from {levels.min()} to {levels.max()} have no fixed white")
         image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("floating-point levels have no fixed white")
+        raise UserError("floating-point levels have no fixed white")
     if image.has_transparency_data:
         colours = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)

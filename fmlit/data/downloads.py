@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
 
+from fmlit.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class OfficialFiles:
@@ -41,7 +43,7 @@ class OfficialFiles:
             raise FileNotFoundError(f"{self.name}: there is no folder {self.folder}; {self._way_out()}")
 
     def check(self, names: Collection[str] | None = None) -> None:
-        """Raise a FileNotFoundError or ValueError unless ``names`` (by default all) are there and intact."""
+        """Raise a FileNotFoundError or UserError unless ``names`` (by default all) are there and intact."""
         self.check_folder()
         if missing := self.missing(names):
             raise FileNotFoundError(f"{self.name}: {self.folder / missing[0]} is missing; {self._way_out()}")
@@ -49,7 +51,7 @@ class OfficialFiles:
             with open(self.folder / name, "rb") as file:
                 digest = hashlib.file_digest(file, self.algorithm).hexdigest()
             if digest != self.checksums[name]:
-                raise ValueError(
+                raise UserError(
                     f"{self.name}: {self.folder / name} is truncated or damaged ({self.algorithm} {digest[:12]}..., "
                     f"official {self.checksums[name][:12]}...); delete it and run again with download: true"
                 )
@@ -67,7 +69,7 @@ class OfficialFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
             staging = tempfile.TemporaryDirectory(dir=self.root, prefix=f".{self.name}-download-")
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: cannot write to {self.folder} ({error.strerror}); choose another root, or let someone "
                 "who may write there put the official files in"
             ) from error

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.data.decoding import FORMATS, PictureError, find_pictures
 from fmlit.data.image_folder import PictureFolder
-from fmlit.data.stores import InMemoryDataset, LabelledDataset
+from fmlit.data.stores import InMemoryDataset, LabeledDataset
 
 
 def save_pngs(folder: Path, images: Tensor, first: int = 0) -> None:
@@ -34,7 +35,7 @@ def save_npz(file: IO[bytes], samples: Tensor, labels: Tensor | None = None) -> 
     np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
 
 
-def read_images(path: str, shape: Sequence[int]) -> LabelledDataset:
+def read_images(path: str, shape: Sequence[int]) -> LabeledDataset:
     """The images of a folder (at any depth) or an ``.npz``, none of them resized.
 
     Args:
@@ -42,7 +43,7 @@ def read_images(path: str, shape: Sequence[int]) -> LabelledDataset:
         shape: (C, H, W) that they must have. Where C = 1, colour files whose channels agree count as grey.
 
     Raises:
-        ValueError: another size or type, colours where grey is wanted, a broken file: the file is named.
+        UserError: another size or type, colours where grey is wanted, a broken file: the file is named.
     """
     if Path(path).suffix == ".npz":
         return _read_npz(path, tuple(shape))
@@ -52,7 +53,7 @@ def read_images(path: str, shape: Sequence[int]) -> LabelledDataset:
     return pictures if shape[0] == 3 else _GreyPictures(pictures)
 
 
-class _GreyPictures(LabelledDataset):
+class _GreyPictures(LabeledDataset):
     """Grey pictures that were read as RGB, as one channel."""
 
     def __init__(self, pictures: PictureFolder) -> None:
@@ -69,7 +70,7 @@ class _GreyPictures(LabelledDataset):
         coloured = (colours != colours[:, :1]).flatten(1).any(dim=1)
         if coloured.any():
             name = self.pictures.names[indices[int(coloured.nonzero()[0])]]
-            raise ValueError(f"{Path(self.pictures.root, name)} is in colour, and the data are grey images")
+            raise UserError(f"{Path(self.pictures.root, name)} is in colour, and the data are grey images")
         return colours[:, :1], labels
 
 
@@ -78,7 +79,7 @@ def _check_sizes(root: str, names: Sequence[str], shape: tuple[int, ...]) -> Non
     from PIL import Image
 
     if shape[0] not in (1, 3) or shape[1] != shape[2]:
-        raise ValueError(f"images of shape {shape} are read from an .npz, not from a folder of pictures")
+        raise UserError(f"images of shape {shape} are read from an .npz, not from a folder of pictures")
     for name in names:
         path = Path(root, name)
         try:
@@ -87,22 +88,22 @@ def _check_sizes(root: str, names: Sequence[str], shape: tuple[int, ...]) -> Non
         except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
             raise PictureError(f"cannot read the picture {path} ({error}): repair or remove it") from error
         if (height, width) != shape[1:]:
-            raise ValueError(
+            raise UserError(
                 f"{path} is {width}x{height} pixels, and the data {shape[2]}x{shape[1]}: images are scored as they are"
             )
 
 
-def _read_npz(path: str, shape: tuple[int, ...]) -> LabelledDataset:
+def _read_npz(path: str, shape: tuple[int, ...]) -> LabeledDataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             images = file["arr_0"]
     except OSError:
         raise
     except Exception as error:  # zipfile and numpy have a dozen ways to say that a file is damaged
-        raise ValueError(f"{path} is no .npz with images in arr_0 ({error})") from error
+        raise UserError(f"{path} is no .npz with images in arr_0 ({error})") from error
     expected = (*shape[1:], shape[0])
     if images.dtype != np.uint8 or images.shape[1:] != expected:
-        raise ValueError(
+        raise UserError(
             f"arr_0 of {path} must be uint8 (N, {', '.join(map(str, expected))}) like the data, got {images.dtype} "
             f"{images.shape}"
         )

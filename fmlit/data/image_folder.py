@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule, Split
 from fmlit.data.decoding import find_pictures, read_picture
-from fmlit.data.stores import LabelledDataset
+from fmlit.data.stores import LabeledDataset
 
 
-class PictureFolder(LabelledDataset):
+class PictureFolder(LabeledDataset):
     """Pictures that are read when they are asked for.
 
     Args:
@@ -78,9 +79,9 @@ class ImageFolder(DataModule):
     ) -> None:
         super().__init__(batch_size, seed)
         if size < 1:
-            raise ValueError(f"size must be at least 1 pixel, got {size}")
+            raise UserError(f"size must be at least 1 pixel, got {size}")
         if num_workers < 0:
-            raise ValueError(f"num_workers must be 0 (read in the training process) or more, got {num_workers}")
+            raise UserError(f"num_workers must be 0 (read in the training process) or more, got {num_workers}")
         self.root = root
         self.size = size
         self.horizontal_flip = horizontal_flip
@@ -95,7 +96,7 @@ class ImageFolder(DataModule):
         if split == "train":
             return PictureFolder(self.root, self._names, self._labels(self.root, self._names), self.size)
         if self.test_root is None:
-            raise ValueError("ImageFolder has no test pictures: name their folder with test_root")
+            raise UserError("ImageFolder has no test pictures: name their folder with test_root")
         names = find_pictures(self.test_root)
         return PictureFolder(self.test_root, names, self._labels(self.test_root, names), self.size)
 
@@ -105,7 +106,7 @@ class ImageFolder(DataModule):
         ids = {name: label for label, name in enumerate(self.class_names)}
         folders = [name.partition("/")[0] for name in names]
         if unknown := sorted(set(folders) - ids.keys()):
-            raise ValueError(f"{Path(root, unknown[0])} is of none of the classes {', '.join(ids)} of {self.root}")
+            raise UserError(f"{Path(root, unknown[0])} is of none of the classes {', '.join(ids)} of {self.root}")
         return [ids[folder] for folder in folders]
 
 
@@ -115,5 +116,5 @@ def _class_names(root: str, names: Sequence[str]) -> list[str] | None:
     if not loose:
         return sorted({name.partition("/")[0] for name in names})
     if len(loose) < len(names):
-        raise ValueError(f"{Path(root, loose[0])} lies beside class folders: move it into one, or pass classes: false")
+        raise UserError(f"{Path(root, loose[0])} lies beside class folders: move it into one, or pass classes: false")
     return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from fmlit.core.errors import UserError
 from fmlit.core.randomness import key, training_generator
 
 
@@ -19,7 +20,7 @@ class TrainingOrder:
 
     def __init__(self, length: int, seed: int) -> None:
         if length < 1:
-            raise ValueError(f"a data set needs at least one item to train on, got {length}")
+            raise UserError(f"a data set needs at least one item to train on, got {length}")
         self.length = length
         self.seed = seed
         self._cached: tuple[int, Tensor] | None = None

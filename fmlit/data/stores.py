@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
-class LabelledDataset(Dataset[tuple[Tensor, int]], ABC):
+class LabeledDataset(Dataset[tuple[Tensor, int]], ABC):
     """Unaugmented items in a fixed order, each with its class id (0 where there are no classes).
 
     An item is an image, uint8 (C, H, W), or a vector, float32 (D,).
@@ -33,7 +33,7 @@ class LabelledDataset(Dataset[tuple[Tensor, int]], ABC):
         return data[0], int(labels[0])
 
 
-class InMemoryDataset(LabelledDataset):
+class InMemoryDataset(LabeledDataset):
     """``data`` (N, *shape) with ``labels`` int64 (N,), all zero where none are given."""
 
     def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
@@ -58,7 +58,7 @@ class InMemoryDataset(LabelledDataset):
 class TrainingView(Dataset[dict[str, Tensor]]):
     """A data set read in whole batches by (index, flip) pairs; a DataLoader hands these over with ``as_is``."""
 
-    def __init__(self, dataset: LabelledDataset) -> None:
+    def __init__(self, dataset: LabeledDataset) -> None:
         self.dataset = dataset
 
     def __getitems__(self, items: list[tuple[int, bool]]) -> dict[str, Tensor]:

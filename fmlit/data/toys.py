@@ -5,6 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.randomness import key
 from fmlit.data.data_module import DataModule, Split
 from fmlit.data.stores import InMemoryDataset
@@ -16,7 +17,7 @@ class ToyData(DataModule):
     def __init__(self, samples: int = 10_000, batch_size: int = 128, seed: int = 0) -> None:
         super().__init__(batch_size, seed)
         if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
+            raise UserError(f"samples must be at least 1, got {samples}")
         self.samples = samples
 
     @abstractmethod
@@ -58,7 +59,7 @@ class Moons(ToyData):
     def __init__(self, samples: int = 10_000, batch_size: int = 128, seed: int = 0, noise: float = 0.05) -> None:
         super().__init__(samples, batch_size, seed)
         if noise < 0:
-            raise ValueError(f"noise must not be negative, got {noise}")
+            raise UserError(f"noise must not be negative, got {noise}")
         self.noise = noise
 
     def draw(self, generator: torch.Generator) -> Tensor:

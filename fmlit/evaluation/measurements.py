@@ -11,22 +11,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.files import new_folder
 from fmlit.core.progress import progress
 from fmlit.core.randomness import image_seeds
 from fmlit.core.tensors import to_uint8
 from fmlit.data.image_files import read_images, save_pngs
 from fmlit.evaluation.reports import Record
-from fmlit.evaluation.scoring import Scorer, beside_neighbours, bits_per_dimension, nearest_in
+from fmlit.evaluation.scoring import Scorer, beside_neighbors, bits_per_dimension, nearest_in
 from fmlit.metrics.features import weights_digest
-from fmlit.metrics.image_quality import quantised
+from fmlit.metrics.image_quality import quantize
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.drawing import image_grid
 from fmlit.sampling.generate import balanced_labels, generate
 from fmlit.sampling.samplers import Sampler, SDESampler
 from fmlit.storage.descriptions import describe
 
-NEIGHBOURS = 7  # training images beside each sample
+NEIGHBORS = 7  # training images beside each sample
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,14 @@ class ModelCells:
         guide: GenerativeModel | None = None,
     ) -> None:
         if n < 2:
-            raise ValueError(f"n must be at least 2, got {n}")
+            raise UserError(f"n must be at least 2, got {n}")
         if model.shape != tuple(scorer.data.shape):
-            raise ValueError(
+            raise UserError(
                 f"the model makes images of shape {model.shape}, and {type(scorer.data).__name__} holds "
                 f"{tuple(scorer.data.shape)}"
             )
         if "class" in scorer.metrics and model.num_classes != scorer.data.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"metric class needs a model of the data's {scorer.data.num_classes} classes, and this one has "
                 f"{model.num_classes or 'none'}"
             )
@@ -122,7 +123,7 @@ class ModelCells:
                 outcome = self.scorer.score(self._stream(sampler, target), self.weights, name)
             outcome["nfe"] = round(sum(rows) / max(self._drawn, 1), 1)  # rank 0, whose record counts, has drawn some
             if picture is not None:
-                outcome["nearest"] = self._draw_neighbours(sampler, neighbours, picture)
+                outcome["nearest"] = self._draw_neighbors(sampler, neighbours, picture)
             return outcome
 
         files = tuple(path for path in (picture, pngs) if path is not None)
@@ -153,12 +154,12 @@ class ModelCells:
         batches = generate(self.model, sampler, self.n, self.seed, size, None, ranks.rank, ranks.size, self.guide)
         name = sampler.named(guided=self.guide is not None)
         for indices, samples in progress(batches, self._drawn // size, name, shown=ranks.rank == 0):
-            images = quantised(samples)
+            images = quantize(samples)
             if target is not None:
                 save_pngs(target, images, indices.start)
             yield images, balanced_labels(self.model, indices)
 
-    def _draw_neighbours(self, sampler: Sampler, count: int, path: Path) -> list[float]:
+    def _draw_neighbors(self, sampler: Sampler, count: int, path: Path) -> list[float]:
         """A picture of the first samples, each beside its nearest training images; their distances, nearest first."""
         scorer, indices = self.scorer, torch.arange(count)
 
@@ -167,9 +168,9 @@ class ModelCells:
             return to_uint8(sampler.sample(self.model, image_seeds(self.seed, indices), labels, guide=self.guide)).cpu()
 
         samples, dataset = scorer.ranks.from_first(first_samples), scorer.data.dataset("train")
-        distances, nearest = nearest_in(dataset, scorer.features, samples, NEIGHBOURS, scorer.batch_size, scorer.ranks)
+        distances, nearest = nearest_in(dataset, scorer.features, samples, NEIGHBORS, scorer.batch_size, scorer.ranks)
         if scorer.ranks.rank == 0:
-            rows = torch.cat(list(beside_neighbours(samples, nearest, dataset)))
+            rows = torch.cat(list(beside_neighbors(samples, nearest, dataset)))
             image_grid(rows, nearest.shape[1] + 1).save(path)
         return [round(distance, 4) for distance in distances[:, 0].tolist()]
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fmlit import solvers
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 from fmlit.core.progress import progress
 from fmlit.core.randomness import training_generator
 from fmlit.core.tensors import expand_time
 from fmlit.data import DataModule
-from fmlit.data.stores import LabelledDataset
+from fmlit.data.stores import LabeledDataset
 from fmlit.flows.times import sampling_limits
 from fmlit.metrics import (
     ClassReader,
@@ -26,7 +27,7 @@ from fmlit.metrics import (
     InceptionFeatures,
     PixelFeatures,
     Reference,
-    nearest_neighbours,
+    nearest_neighbors,
     reference_statistics,
 )
 from fmlit.metrics.image_quality import Metric
@@ -47,7 +48,7 @@ def choose_features(features: str | Features | None, shape: Sequence[int]) -> Fe
     if features is None:
         features = "pixels" if min(shape[1:]) < SMALL else "inception"
     if features not in ("inception", "pixels"):
-        raise ValueError(f"features must be inception, pixels or a class of features, got {features!r}")
+        raise UserError(f"features must be inception, pixels or a class of features, got {features!r}")
     return InceptionFeatures() if features == "inception" else PixelFeatures()
 
 
@@ -77,12 +78,12 @@ class Scorer:
         cache: str | Path = "data/statistics",
         batch_size: int = 250,
         device: torch.device | str = "cpu",
-        ranks: Ranks = Ranks(),
+        ranks: ProcessGroup = ProcessGroup(),
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if "class" in metrics and data.num_classes is None:
-            raise ValueError(f"metric class needs classes, and {type(data).__name__} has none here")
+            raise UserError(f"metric class needs classes, and {type(data).__name__} has none here")
         self.data, self.metrics, self.splits, self.flip = data, tuple(metrics), tuple(splits), flip
         self.cache, self.batch_size, self.device, self.ranks = cache, batch_size, device, ranks
         self.distances = cast(tuple[Metric, ...], tuple(m for m in metrics if m in get_args(Metric)))
@@ -148,13 +149,13 @@ class Scorer:
         reader = self.reader if "class" in self.metrics else None
         started = time.perf_counter()
         right = count = 0
-        with self.ranks.failing_together():
+        with self.ranks.fail_together():
             for images, labels in batches:
                 if quality is not None:
                     quality.update(images)
                 if reader is not None:
                     if labels is None:
-                        raise ValueError("metric class needs images of a class that was asked for: a conditional model")
+                        raise UserError("metric class needs images of a class that was asked for: a conditional model")
                     right += int((reader.read(images) == labels.cpu()).sum())
                 count += len(images)
         scores: dict[str, float] = {}
@@ -176,7 +177,7 @@ def bits_per_dimension(
     seed: int = 0,
     batch_size: int = 250,
     weights: str = "ema",
-    ranks: Ranks = Ranks(),
+    ranks: ProcessGroup = ProcessGroup(),
 ) -> dict[str, Any]:
     """Bits that the model needs per pixel and channel of n random test images, an upper bound; as ``Scorer.score``.
 
@@ -190,13 +191,13 @@ def bits_per_dimension(
     limits = sampling_limits(model.path, model.prediction)
     times = torch.tensor(limits, dtype=torch.float64)
     bits = []
-    with ranks.failing_together(), evaluation_mode(model):
+    with ranks.fail_together(), evaluation_mode(model):
         for start in range(ranks.rank * batch_size, len(chosen), ranks.size * batch_size):
             images, labels = dataset.batch(chosen[start : start + batch_size].tolist())
             if images.dtype != torch.uint8:
-                raise ValueError(f"metric bpd is of 8-bit images, and {type(data).__name__} holds {images.dtype}")
+                raise UserError(f"metric bpd is of 8-bit images, and {type(data).__name__} holds {images.dtype}")
             generator = training_generator(seed, start, "bpd")
-            z = likelihood.dequantise(images, generator).to(model.device)
+            z = likelihood.dequantize(images, generator).to(model.device)
             field = guided_velocity(model, None if model.num_classes is None else labels.to(model.device), 1.0)
             alpha = model.path.alpha(torch.full((len(z),), limits.end, device=z.device))
             z = expand_time(alpha, z) * z
@@ -213,7 +214,12 @@ def bits_per_dimension(
 
 
 def nearest_in(
-    dataset: LabelledDataset, features: Features, images: Tensor, k: int, batch_size: int, ranks: Ranks = Ranks()
+    dataset: LabeledDataset,
+    features: Features,
+    images: Tensor,
+    k: int,
+    batch_size: int,
+    ranks: ProcessGroup = ProcessGroup(),
 ) -> tuple[Tensor, Tensor]:
     """The k items nearest to each of n uint8 images by their features: distances and indices (n, k), on all ranks.
 
@@ -221,10 +227,10 @@ def nearest_in(
     """
     queries = features(images)
     distances, indices = torch.empty(0, len(images), dtype=torch.float64), torch.empty(0, len(images)).long()
-    with ranks.failing_together():
+    with ranks.fail_together():
         for start in range(ranks.rank * batch_size, len(dataset), ranks.size * batch_size):
             members = features(dataset.batch(range(start, min(start + batch_size, len(dataset))))[0])
-            found = nearest_neighbours(queries, members, min(k, len(members)))
+            found = nearest_neighbors(queries, members, min(k, len(members)))
             distances = torch.cat([distances, found.distances.T.cpu()])
             indices = torch.cat([indices, start + found.indices.T.cpu()])
             distances, indices = _nearest(distances, indices, k)
@@ -238,7 +244,7 @@ def _nearest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor
     return distances, indices.gather(0, rows)
 
 
-def beside_neighbours(images: Tensor, indices: Tensor, dataset: LabelledDataset) -> Iterator[Tensor]:
+def beside_neighbors(images: Tensor, indices: Tensor, dataset: LabeledDataset) -> Iterator[Tensor]:
     """Each image (C, H, W), followed by its neighbours (k, C, H, W): the rows of a picture."""
     for image, neighbours in zip(images, indices.tolist(), strict=True):
         yield torch.cat([image[None].cpu(), dataset.batch(neighbours)[0]])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
+
 MAX_GROUP_SIZE = 16_384  # 2 GiB of costs; the time, cubic in the size, is then in minutes
 
 
@@ -58,7 +60,7 @@ class OptimalTransportCoupling(Coupling):
         within_class: assign only among equal labels where labels are given. A dropped label is a class of its own.
 
     Raises:
-        ValueError: a group size below 2 or too large to hold its costs; shapes that do not match.
+        UserError: a group size below 2 or too large to hold its costs; shapes that do not match.
     """
 
     group_size: int = 256
@@ -67,9 +69,9 @@ class OptimalTransportCoupling(Coupling):
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
-            raise ValueError(f"OptimalTransportCoupling.group_size must be at least 2, got {self.group_size}")
+            raise UserError(f"OptimalTransportCoupling.group_size must be at least 2, got {self.group_size}")
         if self.group_size > MAX_GROUP_SIZE:
-            raise ValueError(
+            raise UserError(
                 f"OptimalTransportCoupling.group_size {self.group_size} needs {8 * self.group_size**2 / 2**30:.1f} GiB "
                 f"for its costs; at most {MAX_GROUP_SIZE} (2 GiB) are allowed"
             )
@@ -79,9 +81,9 @@ class OptimalTransportCoupling(Coupling):
 
     def __call__(self, z: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
         if z.shape != eps.shape:
-            raise ValueError(f"z and eps must have one shape, got {tuple(z.shape)} and {tuple(eps.shape)}")
+            raise UserError(f"z and eps must have one shape, got {tuple(z.shape)} and {tuple(eps.shape)}")
         if labels is not None and labels.shape != z.shape[:1]:
-            raise ValueError(f"labels must have shape ({len(z)},), got {tuple(labels.shape)}")
+            raise UserError(f"labels must have shape ({len(z)},), got {tuple(labels.shape)}")
         classes = None if labels is None or not self.within_class else labels.cpu()
         order = torch.arange(len(z))
         for rows in torch.arange(len(z)).split(self.group_size):

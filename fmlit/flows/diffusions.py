@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import Field, expand_time
 from fmlit.flows.paths import GaussianPath
 
@@ -36,7 +37,7 @@ class Diffusion(ABC):
         coefficient has the same marginals, and so has this one.
 
         Raises:
-            ValueError: sigma_t < 0 (when called on the CPU; elsewhere the check would stall the queue).
+            UserError: sigma_t < 0 (when called on the CPU; elsewhere the check would stall the queue).
         """
         if times is not None:
             steps = times.diff()
@@ -48,7 +49,7 @@ class Diffusion(ABC):
             if times is not None:
                 sigma = sigma.minimum(most[(t[:, None] - times).abs().argmin(1)])
             if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and (sigma < 0).any():
-                raise ValueError(f"sigma_t must not be negative, got {sigma.min().item():g} from {self}")
+                raise UserError(f"sigma_t must not be negative, got {sigma.min().item():g} from {self}")
             return expand_time(sigma, x)
 
         return diffusion
@@ -102,7 +103,7 @@ class ReverseDiffusion(Diffusion):
 
 def _check_not_negative(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
+        raise UserError(f"{name} must be finite and not negative, got {value}")
 
 
 def sde_drift(velocity: Field, score: Field, diffusion: Field) -> Field:

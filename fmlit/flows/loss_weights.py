@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fmlit.core.errors import UserError
 from fmlit.flows.paths import GaussianPath
 from fmlit.flows.times import SIGMA_MAX, SIGMA_MIN
 
 
-class TimeUncertainty(nn.Module):
+class LearnedLossWeight(nn.Module):
     """u(t), the log-variance of the loss at time t, learned along with the network.
 
     ``loss / exp(u) + u`` is least at ``u(t) = ln E[loss | t]``: then every time has the weighted loss 1 in the mean,
@@ -23,7 +24,7 @@ class TimeUncertainty(nn.Module):
     def __init__(self, features: int = 128) -> None:
         super().__init__()
         if features < 1:
-            raise ValueError(f"TimeUncertainty.features must be at least 1, got {features}")
+            raise UserError(f"LearnedLossWeight.features must be at least 1, got {features}")
         generator = torch.Generator().manual_seed(0)  # always the same: all ranks and resumed runs agree
         # Parameters, as buffers would be sent from rank 0 to all others in every step.
         frequencies = 2 * math.pi * torch.randn(features, generator=generator, device="cpu")
@@ -44,6 +45,6 @@ class TimeUncertainty(nn.Module):
     def weigh(self, losses: Tensor, path: GaussianPath, t: Tensor) -> Tensor:
         """``losses / exp(u(t)) + u(t)`` for the losses (B,) at times t (B,)."""
         if losses.shape != t.shape:
-            raise ValueError(f"one loss per time is needed, got shapes {tuple(losses.shape)} and {tuple(t.shape)}")
+            raise UserError(f"one loss per time is needed, got shapes {tuple(losses.shape)} and {tuple(t.shape)}")
         u = self(path, t)
         return losses * torch.exp(-u) + u

@@ -15,7 +15,7 @@ def flow_matching_loss(
     """Conditional flow matching: ``w(t) |u_theta(x_t, t) - u_t(x_t | z)|^2`` with ``x_t = alpha z + beta eps``.
 
     Its gradient is that of the regression on the marginal velocity (Lipman et al. 2023, theorem 2), which is never
-    needed. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,). Raises ValueError for other shapes.
+    needed. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,). Raises UserError for other shapes.
     """
     u = velocity(path.sample(z, eps, t), t)
     check_like(u, z, "the velocity and z")
@@ -29,7 +29,7 @@ def score_matching_loss(
 
     The bare ``|s + eps / beta|^2`` has the variance 1 / beta^2, so that times near data would drown all others; the
     factor beta^2 (Song & Ermon 2019, section 4.2) gives every time the same scale. With ``s = -eps_theta / beta`` it is
-    DDPM's ``|eps_theta - eps|^2``. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,). Raises ValueError for
+    DDPM's ``|eps_theta - eps|^2``. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,). Raises UserError for
     other shapes.
     """
     s = score(path.sample(z, eps, t), t)

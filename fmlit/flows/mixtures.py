@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import expand_time
 from fmlit.flows.paths import GaussianPath, check_time
 
@@ -27,7 +28,7 @@ class GaussianMixture:
     memory, are differentiable in x and t, and return the dtype of x.
 
     Raises:
-        ValueError: shapes that do not match, a negative or non-finite parameter; at t = 1, where a mixture that holds
+        UserError: shapes that do not match, a negative or non-finite parameter; at t = 1, where a mixture that holds
             a Dirac has no density.
     """
 
@@ -40,7 +41,7 @@ class GaussianMixture:
         means = torch.as_tensor(means)
         self.means = means if means.is_floating_point() else means.to(torch.get_default_dtype())
         if self.means.ndim < 2 or not len(self.means):
-            raise ValueError(f"means must have shape (K, *shape) with K >= 1, got {tuple(self.means.shape)}")
+            raise UserError(f"means must have shape (K, *shape) with K >= 1, got {tuple(self.means.shape)}")
         count, device = len(self.means), self.means.device
         self.stds = torch.as_tensor(stds, dtype=torch.float64, device=device)
         self.stds = self.stds.expand(count) if self.stds.ndim == 0 else self.stds
@@ -49,14 +50,14 @@ class GaussianMixture:
         )
         for name, values in (("stds", self.stds), ("weights", self.weights)):
             if values.shape != (count,):
-                raise ValueError(f"{name} must have shape ({count},), one for each mean, got {tuple(values.shape)}")
+                raise UserError(f"{name} must have shape ({count},), one for each mean, got {tuple(values.shape)}")
             if not (torch.isfinite(values) & (values >= 0)).all():
-                raise ValueError(f"{name} must be finite and at least 0, got {values.tolist()[:8]}")
+                raise UserError(f"{name} must be finite and at least 0, got {values.tolist()[:8]}")
         if not self.weights.sum() > 0:
-            raise ValueError("weights must not all be 0")
+            raise UserError("weights must not all be 0")
         self.weights = self.weights / self.weights.sum()
         if not torch.isfinite(self.means).all():
-            raise ValueError("means hold NaN or infinite values")
+            raise UserError("means hold NaN or infinite values")
         # Distances are taken between points centred on the mixture: an offset of the data costs no digits.
         points = self.means.double().flatten(1)
         self._centre = self.weights @ points
@@ -131,14 +132,12 @@ class GaussianMixture:
     ) -> Tensor:
         """``function`` of flat float64 x and t, over blocks of samples; (B, d) results come back in the shape of x."""
         if x.shape[1:] != self.means.shape[1:]:
-            raise ValueError(
-                f"x must have shape (B, {', '.join(map(str, self.means.shape[1:]))}), got {tuple(x.shape)}"
-            )
+            raise UserError(f"x must have shape (B, {', '.join(map(str, self.means.shape[1:]))}), got {tuple(x.shape)}")
         expand_time(t, x)  # raises unless t is (B,)
         check_time(t)
         flat, time = x.double().flatten(1), t.double()
         if (self.stds == 0).any() and (path.beta(time) == 0).any():
-            raise ValueError("a mixture with a zero standard deviation has no density at t = 1: end before it")
+            raise UserError("a mixture with a zero standard deviation has no density at t = 1: end before it")
         rows = max(1, ELEMENTS // len(self.means))
         blocks = [function(*block) for block in zip(flat.split(rows), time.split(rows), strict=True)]
         result = torch.cat(blocks).to(x.dtype)

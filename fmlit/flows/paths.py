@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import check_like, expand_time
 
 
@@ -73,11 +74,11 @@ class GaussianPath(ABC):
 
 
 def check_time(t: Tensor) -> None:
-    """Raise a ValueError for times outside [0, 1]. On an accelerator the check would stall the queue: skipped there."""
+    """Raise a UserError for times outside [0, 1]. On an accelerator the check would stall the queue: skipped there."""
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
         low, high = (value.item() for value in t.detach().aminmax())  # numbers: comparing tensors takes thrice the time
         if not (low >= 0 and high <= 1):
-            raise ValueError(f"t must lie in [0, 1], got values from {low:g} to {high:g}")
+            raise UserError(f"t must lie in [0, 1], got values from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class PolynomialPath(GaussianPath):
 
     def __post_init__(self) -> None:
         if not self.power >= 1:
-            raise ValueError(f"PolynomialPath.power must be at least 1, got {self.power}")
+            raise UserError(f"PolynomialPath.power must be at least 1, got {self.power}")
 
     def alpha(self, t: Tensor) -> Tensor:
         return t**self.power
@@ -170,7 +171,7 @@ class VPPath(GaussianPath):
 
     def __post_init__(self) -> None:
         if not 0 < self.rate_min <= self.rate_max:
-            raise ValueError(f"VPPath needs 0 < rate_min <= rate_max, got {self.rate_min} and {self.rate_max}")
+            raise UserError(f"VPPath needs 0 < rate_min <= rate_max, got {self.rate_min} and {self.rate_max}")
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         s = 1 - t

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import expand_time
 from fmlit.flows.paths import GaussianPath
 
@@ -132,7 +133,7 @@ class PreconditionedVelocity(Prediction):
 
     def __post_init__(self) -> None:
         if not self.data_std > 0:
-            raise ValueError(f"PreconditionedVelocity.data_std must be positive, got {self.data_std}")
+            raise UserError(f"PreconditionedVelocity.data_std must be positive, got {self.data_std}")
 
     def coefficients(self, path: GaussianPath, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(k, s, var), each (B,)."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.flows.paths import GaussianPath, VPPath
 from fmlit.flows.predictions import PreconditionedVelocity, Prediction, Velocity
 
@@ -57,12 +58,12 @@ def sampling_limits(
 def sigma_limits(path: GaussianPath, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Limits:
     """The times at which ``beta / alpha`` equals sigma_max and sigma_min."""
     if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"noise levels must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        raise UserError(f"noise levels must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
     start, end = path.time_of_sigma(torch.tensor([sigma_max, sigma_min], dtype=torch.float64)).tolist()
     return Limits(start, end)
 
 
-class TimeLaw(ABC):
+class TimeDistribution(ABC):
     """The distribution of training times, given by its quantile function.
 
     With ``stratified`` the n draws fall one into each of n equally likely strata, in random order: the same law for
@@ -85,7 +86,7 @@ class TimeLaw(ABC):
 
 
 @dataclass(frozen=True)
-class UniformTime(TimeLaw):
+class UniformTime(TimeDistribution):
     """t uniform in [0, 1]."""
 
     stratified: bool = False
@@ -95,7 +96,7 @@ class UniformTime(TimeLaw):
 
 
 @dataclass(frozen=True)
-class LogitNormalTime(TimeLaw):
+class LogitNormalTime(TimeDistribution):
     """t = sigmoid(n) with n ~ N(mean, std^2) (Esser et al. 2024, section 3.1).
 
     On the CondOT path this is EDM's log-normal noise level: ln sigma = -logit t, so EDM's ln sigma ~ N(-1.2, 1.2^2) is
@@ -108,7 +109,7 @@ class LogitNormalTime(TimeLaw):
 
     def __post_init__(self) -> None:
         if not self.std > 0:
-            raise ValueError(f"LogitNormalTime.std must be positive, got {self.std}")
+            raise UserError(f"LogitNormalTime.std must be positive, got {self.std}")
 
     def quantile(self, u: Tensor) -> Tensor:
         tiny = torch.finfo(u.dtype).eps

@@ -13,7 +13,7 @@ from fmlit.metrics.frechet import GaussianStatistics, frechet_distance
 from fmlit.metrics.image_quality import ImageQuality
 from fmlit.metrics.inception import InceptionFeatures
 from fmlit.metrics.kernel import kernel_distance
-from fmlit.metrics.precision_recall import nearest_neighbours, precision_recall
+from fmlit.metrics.precision_recall import nearest_neighbors, precision_recall
 from fmlit.metrics.protocol import Protocol
 from fmlit.metrics.reference import Reference, reference_statistics
 
@@ -31,7 +31,7 @@ __all__ = [
     "Reference",
     "frechet_distance",
     "kernel_distance",
-    "nearest_neighbours",
+    "nearest_neighbors",
     "precision_recall",
     "reference_statistics",
 ]

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from fmlit.core.processes import Ranks
+from fmlit.core.processes import ProcessGroup
 
 
 def image_keys(images: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def image_keys(images: Tensor) -> Tensor:
     return torch.tensor(keys, dtype=torch.int64)
 
 
-class Reservoir:
+class BottomKSample:
     """The ``capacity`` rows with the smallest keys, ordered by key: bottom-k sampling.
 
     With hashes for keys this is a uniform sample without replacement, and the same one for any order, batching and
@@ -55,10 +55,10 @@ class Reservoir:
         return self._rows[0] if self._rows else torch.empty(0, 0)
 
     @torch.inference_mode(False)
-    def reduce(self, group: Ranks | None = None) -> "Reservoir":
+    def reduce(self, group: ProcessGroup | None = None) -> "BottomKSample":
         """The reservoir of all ranks' rows together, the same on each; this object stays as it is."""
-        ranks = group or Ranks.current()
-        total = Reservoir(self.capacity)
+        ranks = group or ProcessGroup.current()
+        total = BottomKSample(self.capacity)
         rows = self.rows
         keys = self._keys[0] if self._keys else torch.empty(0, dtype=torch.int64)
         total.update(ranks.gather_rows(keys), ranks.gather_rows(rows))

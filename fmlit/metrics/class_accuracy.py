@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import from_uint8
 
 
@@ -22,7 +23,7 @@ class ClassReader:
         accuracy: share of the held-out real images read right.
 
     Raises:
-        ValueError: shapes that do not fit, or too few images or classes.
+        UserError: shapes that do not fit, or too few images or classes.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, held_out: float = 0.2) -> None:
@@ -41,13 +42,13 @@ class ClassReader:
     def read(self, images: Tensor) -> Tensor:
         """(B,) int64: the class that each uint8 image (B, C, H, W) is read as."""
         if tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"images of shape {tuple(images.shape[1:])}; this reader knows {self.image_shape}")
+            raise UserError(f"images of shape {tuple(images.shape[1:])}; this reader knows {self.image_shape}")
         return torch.from_numpy(self._machine.predict(self._pixels(images)))
 
     def share_read_as(self, images: Tensor, labels: Tensor) -> float:
         """Share of the images that are read as the class (B,) that was asked for."""
         if len(images) == 0:
-            raise ValueError("no images to read")
+            raise UserError("no images to read")
         asked = self._classes(labels, len(images))
         return float((self.read(images).numpy() == asked).mean())
 
@@ -58,5 +59,5 @@ class ClassReader:
     @staticmethod
     def _classes(labels: Tensor, count: int) -> np.ndarray:
         if tuple(labels.shape) != (count,):
-            raise ValueError(f"labels must have shape ({count},), one per image, got {tuple(labels.shape)}")
+            raise UserError(f"labels must have shape ({count},), one per image, got {tuple(labels.shape)}")
         return labels.cpu().numpy()

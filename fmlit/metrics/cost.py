@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fmlit.core.processes import Ranks
+from fmlit.core.processes import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Meter:
         yield
         self.parts[part] = self.parts.get(part, 0.0) + self._now() - started
 
-    def cost(self, images: int, ranks: Ranks) -> Cost:
+    def cost(self, images: int, ranks: ProcessGroup) -> Cost:
         """Of ``images`` images; every rank must call it, and gets the same."""
         names = ("seconds", "features", "distances")
         of_ranks = ranks.gather_objects((*(self.parts.get(name, 0.0) for name in names), _peak(self.device)))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fmlit.core.errors import UserError
 from fmlit.metrics.features import NetworkFeatures, read_weights
 
 # By the width of a network: its name in Meta's release, and its depth. ViT-g has gated layers, and is left out.
@@ -39,7 +40,7 @@ class DINOv2Features(NetworkFeatures):
             ``vit_large_patch14_dinov2.lvd142m``, which hold the same.
 
     Raises:
-        ValueError: the file is missing or holds something else. That weights of the right names and shapes are those
+        UserError: the file is missing or holds something else. That weights of the right names and shapes are those
             of DINOv2 is not checked: the fingerprint of cached statistics tells one set from another.
     """
 
@@ -50,7 +51,7 @@ class DINOv2Features(NetworkFeatures):
         state = read_weights(weights)
         width = state["cls_token"].shape[-1] if "cls_token" in state else 0
         if width not in NETWORKS:
-            raise ValueError(f"{weights} does not hold DINOv2's ViT-S/14, ViT-B/14 or ViT-L/14 in Meta's layout")
+            raise UserError(f"{weights} does not hold DINOv2's ViT-S/14, ViT-B/14 or ViT-L/14 in Meta's layout")
         name, depth = NETWORKS[width]
         super().__init__(_build(state, width, depth, weights), f"dinov2_{name}")
 
@@ -59,7 +60,7 @@ class DINOv2Features(NetworkFeatures):
         from torchvision.transforms.v2.functional import normalize, resize
 
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"DINOv2 takes grey or RGB images, got {images.shape[1]} channels")
+            raise UserError(f"DINOv2 takes grey or RGB images, got {images.shape[1]} channels")
         images = images.expand(-1, 3, -1, -1)
         features = []
         for chunk in images.split(CPU_CHUNK if images.device.type == "cpu" else len(images)):
@@ -78,7 +79,7 @@ def _build(state: dict[str, Tensor], width: int, depth: int, origin: str) -> nn.
     try:
         network.load_state_dict(_as_torchvision(state))
     except (KeyError, ValueError, RuntimeError) as error:  # missing, unexpected or misshapen tensors
-        raise ValueError(f"{origin} does not hold the weights of a DINOv2 network of width {width}") from error
+        raise UserError(f"{origin} does not hold the weights of a DINOv2 network of width {width}") from error
     return network.requires_grad_(False)
 
 

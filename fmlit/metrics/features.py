@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import from_uint8
 
 
@@ -44,20 +45,20 @@ def read_weights(path: str) -> dict[str, Tensor]:
     """The state dict in a PyTorch file, no code of which is run, or in a ``.safetensors``.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        UserError: there is no such file, or it holds something else.
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no weights file {path}")
+        raise UserError(f"there is no weights file {path}")
     try:
         safetensors = path.endswith(".safetensors")
         state: Any = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # whose text proposes to run it all the same
-        raise ValueError(f"{path} is not a weights file: it holds something other than tensors") from error
+        raise UserError(f"{path} is not a weights file: it holds something other than tensors") from error
     except Exception as error:  # whatever a file that is something else makes of its reader
         reason = re.split(r"\. |\n", str(error))[0] or type(error).__name__
-        raise ValueError(f"{path} is not a weights file: {reason}") from error
+        raise UserError(f"{path} is not a weights file: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a state dict, names and tensors, but {type(state).__name__}")
+        raise UserError(f"{path} is not a state dict, names and tensors, but {type(state).__name__}")
     return state
 
 
@@ -94,16 +95,16 @@ class Features(ABC):
     def __call__(self, images: Tensor) -> Tensor:
         """
         Raises:
-            ValueError: images are not uint8 (B, C, H, W), or the features not finite (B, d).
+            UserError: images are not uint8 (B, C, H, W), or the features not finite (B, d).
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"expected uint8 images (B, C, H, W), got {images.dtype} of {tuple(images.shape)}")
+            raise UserError(f"expected uint8 images (B, C, H, W), got {images.dtype} of {tuple(images.shape)}")
         with torch.autocast(self.device.type, enabled=False), full_float32():
             features = self.extract(images.to(self.device)).float()
         if features.ndim != 2 or len(features) != len(images):
-            raise ValueError(f"{self.name} features of {len(images)} images have shape {tuple(features.shape)}")
+            raise UserError(f"{self.name} features of {len(images)} images have shape {tuple(features.shape)}")
         if not torch.isfinite(features).all():
-            raise ValueError(f"{self.name} features of images {tuple(images.shape)} hold NaN or infinite values")
+            raise UserError(f"{self.name} features of images {tuple(images.shape)} hold NaN or infinite values")
         self.dimension = features.shape[1]
         return features
 
@@ -127,7 +128,7 @@ class NetworkFeatures(Features):
 
     def __init__(self, module: nn.Module, name: str) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in ("inception", "pixels"):
-            raise ValueError(
+            raise UserError(
                 f"NetworkFeatures.name must be lower-case letters, digits and '_', and neither 'inception' nor "
                 f"'pixels', got {name!r}"
             )

@@ -5,7 +5,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 
 
 class Gaussian(Protocol):
@@ -54,7 +55,7 @@ class GaussianStatistics:
 
     def _need(self, count: int) -> None:
         if self.count < count:
-            raise ValueError(f"statistics of {self.count} images: at least {count} are needed")
+            raise UserError(f"statistics of {self.count} images: at least {count} are needed")
 
     # Metrics may be updated inside inference mode and read outside of it; normal tensors work in both.
     @torch.inference_mode(False)
@@ -63,12 +64,12 @@ class GaussianStatistics:
         """Add features (B, d) of any float type.
 
         Raises:
-            ValueError: for another shape or d than before, and for NaN or infinite values.
+            UserError: for another shape or d than before, and for NaN or infinite values.
         """
         if features.ndim != 2 or (self.count and features.shape[1] != self.dimension):
-            raise ValueError(f"features must be (B, {self.dimension or 'd'}), got {tuple(features.shape)}")
+            raise UserError(f"features must be (B, {self.dimension or 'd'}), got {tuple(features.shape)}")
         if not torch.isfinite(features).all():
-            raise ValueError(f"features of shape {tuple(features.shape)} hold NaN or infinite values")
+            raise UserError(f"features of shape {tuple(features.shape)} hold NaN or infinite values")
         if len(features) == 0:
             return
         x = in_float64(features)
@@ -84,15 +85,15 @@ class GaussianStatistics:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def reduce(self, group: Ranks | None = None) -> "GaussianStatistics":
+    def reduce(self, group: ProcessGroup | None = None) -> "GaussianStatistics":
         """The statistics of all ranks' features together, the same on each; this object stays as it is.
 
-        Two all-reduces: d numbers, then d^2. Ranks without features take part.
+        Two all-reduces: d numbers, then d^2. ProcessGroup without features take part.
         """
-        ranks = group or Ranks.current()
+        ranks = group or ProcessGroup.current()
         counts, dimensions = zip(*ranks.gather_objects((self.count, self.dimension)), strict=True)
         if len(set(dimensions) - {0}) > 1:
-            raise ValueError(f"ranks hold features of different dimensions {dimensions}")
+            raise UserError(f"ranks hold features of different dimensions {dimensions}")
         total = GaussianStatistics()
         total.count = sum(counts)
         if total.count == 0:
@@ -121,14 +122,14 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     b, never complex, and exact where covariances are singular. Runs on the CPU.
 
     Raises:
-        ValueError: for NaN or infinite statistics, or different dimensions.
+        UserError: for NaN or infinite statistics, or different dimensions.
     """
     means = [in_float64(g.mean).cpu() for g in (a, b)]
     covariances = [in_float64(g.covariance).cpu() for g in (a, b)]
     if means[0].shape != means[1].shape:
-        raise ValueError(f"statistics of different dimensions: {len(means[0])} and {len(means[1])}")
+        raise UserError(f"statistics of different dimensions: {len(means[0])} and {len(means[1])}")
     if not all(torch.isfinite(x).all() for x in (*means, *covariances)):
-        raise ValueError("the statistics hold NaN or infinite values: no Fréchet distance")
+        raise UserError("the statistics hold NaN or infinite values: no Fréchet distance")
     root_trace = torch.linalg.svdvals(_factor(covariances[0]).T @ _factor(covariances[1])).sum()
     traces = covariances[0].trace() + covariances[1].trace()
     distance = (means[0] - means[1]).square().sum() + traces - 2 * root_trace

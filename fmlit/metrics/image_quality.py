@@ -7,9 +7,10 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 from fmlit.core.tensors import to_uint8
-from fmlit.metrics.bottom_k import Reservoir, image_keys
+from fmlit.metrics.bottom_k import BottomKSample, image_keys
 from fmlit.metrics.cost import Cost, Meter
 from fmlit.metrics.features import Features
 from fmlit.metrics.frechet import GaussianStatistics, frechet_distance
@@ -23,11 +24,11 @@ INCEPTION_SCORE = ("is", "isc", "inception_score")
 FAR, FEW = 1.5, 0.01  # samples overshoot [-1, 1] a little: under strong guidance, 0.1 % of their values lie beyond 1.5
 
 
-def quantised(samples: Tensor) -> Tensor:
+def quantize(samples: Tensor) -> Tensor:
     """Samples in [-1, 1], clamped and rounded to uint8; with a warning where they are of another range, or diverged.
 
     Raises:
-        ValueError: they hold NaN or infinite values.
+        UserError: they hold NaN or infinite values.
     """
     images = to_uint8(samples)
     if (samples.abs() > FAR).float().mean() > FEW:
@@ -71,7 +72,7 @@ class ImageQuality:
         _check_references(self.references, features)
         self.statistics = GaussianStatistics()
         wanted = max(len(r.features) for r in self.references) if set(self.metrics) - {"fid"} else 0
-        self._rows = Reservoir(wanted)
+        self._rows = BottomKSample(wanted)
         self._digest = 0
         self._brightest = 0
         self._reduced = False
@@ -91,7 +92,7 @@ class ImageQuality:
         """Add generated uint8 images (B, C, H, W), of the reference's height and width; B may be 0.
 
         Raises:
-            ValueError: for any other input; nothing is counted then.
+            UserError: for any other input; nothing is counted then.
             RuntimeError: after ``reduce``.
         """
         if self._reduced:
@@ -110,15 +111,15 @@ class ImageQuality:
 
     def _check_images(self, images: Tensor) -> None:
         if images.is_floating_point() and not torch.isfinite(images).all():
-            raise ValueError(f"generated images of shape {tuple(images.shape)} hold NaN or infinite values")
+            raise UserError(f"generated images of shape {tuple(images.shape)} hold NaN or infinite values")
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(
+            raise UserError(
                 f"expected uint8 images (B, C, H, W), got {images.dtype} of shape {tuple(images.shape)}: "
                 "fmlit.core.tensors.to_uint8 converts from [-1, 1]"
             )
         expected = self.references[0].image_shape
         if tuple(images.shape[-2:]) != expected[-2:]:
-            raise ValueError(
+            raise UserError(
                 f"generated images are {images.shape[-2]}x{images.shape[-1]} pixels and the reference's "
                 f"{expected[-2]}x{expected[-1]}: distances between sizes mean nothing"
             )
@@ -130,7 +131,7 @@ class ImageQuality:
         """
         if not self._reduced:
             self._meter.lap("seconds")
-            ranks = Ranks.current()
+            ranks = ProcessGroup.current()
             self.statistics = self.statistics.reduce(ranks)
             self._rows = self._rows.reduce(ranks) if self._rows.capacity else self._rows
             digests, brightest = zip(*ranks.gather_objects((self._digest, self._brightest)), strict=True)
@@ -142,10 +143,10 @@ class ImageQuality:
         """All scores of the images seen; without communication.
 
         Raises:
-            ValueError: fewer than 2 images were seen, or too few for the neighbours of precision and recall.
+            UserError: fewer than 2 images were seen, or too few for the neighbours of precision and recall.
         """
         if self.count < 2:
-            raise ValueError(f"image quality needs at least 2 generated images, got {self.count}")
+            raise UserError(f"image quality needs at least 2 generated images, got {self.count}")
         if self._brightest <= 1:
             warnings.warn(
                 "no pixel of the generated images is brighter than 1 of 255: were images in [0, 1] cast to uint8?",
@@ -160,7 +161,7 @@ class ImageQuality:
 
     def cost(self) -> Cost:
         """Time and memory since the construction; every rank must call it, after ``reduce`` and ``compute``."""
-        return self._meter.cost(self.count, Ranks.current())
+        return self._meter.cost(self.count, ProcessGroup.current())
 
     def _scores(self, reference: Reference) -> dict[str, float]:
         scores = {}
@@ -197,33 +198,33 @@ class ImageQuality:
 
 
 def check_metrics(metrics: Sequence[str], n: int | None = None) -> None:
-    """Raise a ValueError for metrics that there are not, or that ``n`` images are too few for."""
+    """Raise a UserError for metrics that there are not, or that ``n`` images are too few for."""
     for metric in metrics:
         if metric.lower() in INCEPTION_SCORE:
-            raise ValueError(
+            raise UserError(
                 f"metric {metric!r} is not offered: the Inception Score needs the network's logits, which weights for "
                 "FID need not hold; take fid or kid"
             )
         if metric not in get_args(Metric):
-            raise ValueError(f"unknown metric {metric!r}: choose from {', '.join(get_args(Metric))}")
+            raise UserError(f"unknown metric {metric!r}: choose from {', '.join(get_args(Metric))}")
     if not metrics:
-        raise ValueError(f"no metrics: choose from {', '.join(get_args(Metric))}")
+        raise UserError(f"no metrics: choose from {', '.join(get_args(Metric))}")
     if n is not None and n <= NEAREST and {"precision", "recall"} & set(metrics):
-        raise ValueError(f"precision and recall need more than {NEAREST} samples, got n = {n}")
+        raise UserError(f"precision and recall need more than {NEAREST} samples, got n = {n}")
 
 
 def _check_references(references: tuple[Reference, ...], features: Features) -> None:
     if not references:
-        raise ValueError("image quality needs at least one reference")
+        raise UserError("image quality needs at least one reference")
     for reference in references:
         identity = reference.identity
         if (identity.features, identity.weights) != (features.name, features.fingerprint):
-            raise ValueError(
+            raise UserError(
                 f"the reference holds {identity.features} features (weights {identity.weights or 'none'}), and "
                 f"generated images would be given {features.name} features (weights {features.fingerprint or 'none'})"
             )
         if reference.image_shape[-2:] != references[0].image_shape[-2:]:
-            raise ValueError(f"references of different image sizes: {[r.image_shape for r in references]}")
+            raise UserError(f"references of different image sizes: {[r.image_shape for r in references]}")
     splits = [reference.identity.split for reference in references[1:]]
     if len(set(splits)) < len(splits):
-        raise ValueError(f"two references of the same split among {splits}: their scores would share a name")
+        raise UserError(f"two references of the same split among {splits}: their scores would share a name")

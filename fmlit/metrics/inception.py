@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from fmlit.core.errors import UserError
 from fmlit.metrics.features import Features, read_weights, weights_digest
 
 VARIABLE = "FMLIT_INCEPTION"
@@ -30,7 +31,7 @@ class InceptionFeatures(Features):
             torch-fidelity's own download, once.
 
     Raises:
-        ValueError: the file is missing; at the first use: it holds something else, or cannot be downloaded.
+        UserError: the file is missing; at the first use: it holds something else, or cannot be downloaded.
     """
 
     name = "inception"
@@ -41,7 +42,7 @@ class InceptionFeatures(Features):
         self.weights = weights
         self._path = weights or os.environ.get(VARIABLE) or (str(DEFAULT) if DEFAULT.is_file() else None)
         if self._path and not Path(self._path).is_file():
-            raise ValueError(
+            raise UserError(
                 f"there is no Inception weights file {self._path} (InceptionFeatures.weights, or ${VARIABLE})"
             )
 
@@ -51,7 +52,7 @@ class InceptionFeatures(Features):
         state, origin = (read_weights(self._path), self._path) if self._path else _download()
         network = _build(state, origin)
         if not torch.allclose(network(_probe())[0][0, : len(PROBE)], torch.tensor(PROBE), atol=0.01):
-            raise ValueError(f"{origin} holds an Inception network, but not the one of 2015 that FID is defined by")
+            raise UserError(f"{origin} holds an Inception network, but not the one of 2015 that FID is defined by")
         used = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
         # Twice as fast on a CPU as the default layout; features differ by rounding errors (6e-6, of 0.27 on average).
         return network.to(memory_format=torch.channels_last), weights_digest(used)
@@ -66,7 +67,7 @@ class InceptionFeatures(Features):
 
     def extract(self, images: Tensor) -> Tensor:
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"Inception takes grey or RGB images, got {images.shape[1]} channels")
+            raise UserError(f"Inception takes grey or RGB images, got {images.shape[1]} channels")
         images = images.expand(-1, 3, -1, -1)
         chunks = images.split(CPU_CHUNK if images.device.type == "cpu" else len(images))
         return torch.cat([self._loaded[0](chunk)[0] for chunk in chunks])
@@ -85,7 +86,7 @@ def _download() -> tuple[dict[str, Tensor], str]:
             URL_INCEPTION_V3, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"the FID Inception weights cannot be downloaded ({error}): fetch {URL_INCEPTION_V3} on a machine with "
             f"network and put it at {DEFAULT}, or name it by InceptionFeatures.weights or ${VARIABLE}"
         ) from error
@@ -103,4 +104,4 @@ def _build(state: dict[str, Tensor], origin: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
             return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=buffer)
     except RuntimeError as error:  # missing, unexpected or misshapen tensors
-        raise ValueError(f"{origin} does not hold the weights of the FID Inception network of 2015") from error
+        raise UserError(f"{origin} does not hold the weights of the FID Inception network of 2015") from error

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.metrics.frechet import in_float64
 
 
@@ -23,10 +24,10 @@ def kernel_distance(generated: Tensor, real: Tensor, chunk: int = 1000) -> float
     expectation and more noise. Unbiased, so it may be slightly negative. Memory: ``chunk`` x max(n, m) float64.
     """
     if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
-        raise ValueError(f"features must be (n, d) and (m, d), got {tuple(generated.shape)} and {tuple(real.shape)}")
+        raise UserError(f"features must be (n, d) and (m, d), got {tuple(generated.shape)} and {tuple(real.shape)}")
     n, m = len(generated), len(real)
     if min(n, m) < 2:
-        raise ValueError(f"a kernel distance needs at least 2 images on each side, got {n} and {m}")
+        raise UserError(f"a kernel distance needs at least 2 images on each side, got {n} and {m}")
     x, y = in_float64(generated), in_float64(real)
     within_x = (_kernel_sum(x, x, chunk) - _diagonal_sum(x)) / (n * (n - 1))
     within_y = (_kernel_sum(y, y, chunk) - _diagonal_sum(y)) / (m * (m - 1))

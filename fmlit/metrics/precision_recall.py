@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.metrics.frechet import in_float64
 
 NOISE = 1e-12  # squared distances below this share of the squared norms are rounding errors of float32 features
@@ -47,7 +48,7 @@ def _squared_radii(x: Tensor, k: int, chunk: int) -> Tensor:
 def _centred(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float64 around the mean of b: distances stay, and cancel less."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features must be (n, d) and (m, d), got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise UserError(f"features must be (n, d) and (m, d), got {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = in_float64(a), in_float64(b)
     centre = b.mean(dim=0)
     return a - centre, b - centre
@@ -61,7 +62,7 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = NEAREST, chunk: i
     Both values depend on n and m: compare them at equal counts only.
     """
     if min(len(generated), len(real)) <= k:
-        raise ValueError(f"precision and recall with k = {k} need more images, got {len(generated)} and {len(real)}")
+        raise UserError(f"precision and recall with k = {k} need more images, got {len(generated)} and {len(real)}")
     generated, real = _centred(generated, real)
     real_radii, generated_radii = _squared_radii(real, k, chunk), _squared_radii(generated, k, chunk)
     precise = 0
@@ -74,10 +75,10 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = NEAREST, chunk: i
 
 
 @torch.no_grad()
-def nearest_neighbours(queries: Tensor, members: Tensor, k: int = 1, chunk: int = 1000) -> Neighbours:
+def nearest_neighbors(queries: Tensor, members: Tensor, k: int = 1, chunk: int = 1000) -> Neighbours:
     """The k members (m, d) nearest to each query (n, d), nearest first: shows samples that copy training images."""
     if not 1 <= k <= len(members):
-        raise ValueError(f"k must lie between 1 and the number of members {len(members)}, got {k}")
+        raise UserError(f"k must lie between 1 and the number of members {len(members)}, got {k}")
     queries, members = _centred(queries, members)
     found = [_squared_distances(rows, members).topk(k, dim=1, largest=False) for rows in queries.split(chunk)]
     return Neighbours(torch.cat([f.values for f in found]).sqrt(), torch.cat([f.indices for f in found]))

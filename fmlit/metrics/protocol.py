@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from fmlit.core.errors import UserError
+
 _PART = re.compile(r"[A-Za-z0-9_.+]*")
 
 
@@ -52,9 +54,9 @@ class Protocol:
         for field in ("features", "split", "preprocessing", "weights", "sampler"):
             value = getattr(self, field)
             if not _PART.fullmatch(value):  # a dash would make the string ambiguous
-                raise ValueError(f"Protocol.{field} takes letters, digits and any of '_.+', got {value!r}")
+                raise UserError(f"Protocol.{field} takes letters, digits and any of '_.+', got {value!r}")
         if self.n < 1:
-            raise ValueError(f"Protocol.n must be positive, got {self.n}")
+            raise UserError(f"Protocol.n must be positive, got {self.n}")
 
     def __str__(self) -> str:
         metric = "fid" if self.features == "inception" else f"fd{self.features}"

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 from fmlit.metrics.features import Features
 from fmlit.metrics.frechet import GaussianStatistics
 
@@ -105,7 +106,7 @@ class Reference:
         """Read what ``save`` wrote.
 
         Raises:
-            ValueError: the file is damaged, or something else.
+            UserError: the file is damaged, or something else.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -114,7 +115,7 @@ class Reference:
             identity = Identity(**header["identity"])
             return Reference(identity, tuple(header["image_shape"]), header["count"], *tensors)
         except Exception as error:  # zipfile and numpy have a dozen ways to say that a file is damaged
-            raise ValueError(f"{path} does not hold reference statistics: {error}") from error
+            raise UserError(f"{path} does not hold reference statistics: {error}") from error
 
 
 class _Images(Dataset):
@@ -124,7 +125,7 @@ class _Images(Dataset):
         self.dataset, self.split, self.flip = dataset, split, flip
         self.images = len(dataset)  # type: ignore[arg-type]
         if self.images < 2:
-            raise ValueError(f"the {split} split holds {self.images} images: statistics need at least 2")
+            raise UserError(f"the {split} split holds {self.images} images: statistics need at least 2")
         self.shape = tuple(dataset[0][0].shape)
 
     def __len__(self) -> int:
@@ -133,7 +134,7 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         image = self.dataset[index % self.images][0]
         if image.dtype != torch.uint8 or tuple(image.shape) != self.shape or image.ndim != 3:
-            raise ValueError(
+            raise UserError(
                 f"image {index % self.images} of the {self.split} split is {image.dtype} {tuple(image.shape)}; "
                 f"all must be uint8 (C, H, W) of one size, and the first is {self.shape}"
             )
@@ -173,11 +174,11 @@ def reference_statistics(
         progress: wraps the stream of batches, to show a bar.
 
     Raises:
-        ValueError: fewer than two images, an image that is not uint8 or of another size, no fingerprint, or a cached
+        UserError: fewer than two images, an image that is not uint8 or of another size, no fingerprint, or a cached
             file of this name that describes something else.
     """
     if not fingerprint:
-        raise ValueError("reference statistics need the data's fingerprint: without one a cache could lie")
+        raise UserError("reference statistics need the data's fingerprint: without one a cache could lie")
     ranks = _ranks(rank, world_size)
     images = _Images(dataset, split, flip)
     subset = np.random.default_rng(0).permutation(len(images))[:kept]
@@ -187,7 +188,7 @@ def reference_statistics(
     if cached is not None:
         return cached
     log.info("computing the %s features of %d %s images once, for %s", features.name, len(images), split, path)
-    with ranks.failing_together():
+    with ranks.fail_together():
         starts = range(0, len(images), batch_size)[ranks.rank :: ranks.size]
         batches = [list(range(start, min(start + batch_size, len(images)))) for start in starts]
         generator = torch.Generator()  # a loader draws a seed even where it shuffles nothing
@@ -203,13 +204,13 @@ def reference_statistics(
     return reference
 
 
-def _ranks(rank: int | None, world_size: int | None) -> Ranks:
-    current = Ranks.current()
+def _ranks(rank: int | None, world_size: int | None) -> ProcessGroup:
+    current = ProcessGroup.current()
     if (rank, world_size) in ((None, None), (current.rank, current.size)):
         return current
     if (rank, world_size) == (0, 1):
-        return Ranks()
-    raise ValueError(
+        return ProcessGroup()
+    raise UserError(
         f"rank {rank} of {world_size} does not fit torch.distributed, which has rank {current.rank} of {current.size}"
     )
 
@@ -224,7 +225,7 @@ def _cached(path: Path, identity: Identity) -> Reference | None:
         warnings.warn(f"{error}; computing them again", stacklevel=2)
         return None
     if reference.identity != identity:
-        raise ValueError(f"{path} holds statistics of {reference.identity} instead of {identity}: delete it")
+        raise UserError(f"{path} holds statistics of {reference.identity} instead of {identity}: delete it")
     return reference
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import check_like
 from fmlit.flows.paths import GaussianPath
 from fmlit.flows.predictions import Prediction
@@ -38,9 +39,9 @@ class GenerativeModel(nn.Module):
     ) -> None:
         super().__init__()
         if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, or None for an unconditional model, got {num_classes}")
+            raise UserError(f"num_classes must be at least 1, or None for an unconditional model, got {num_classes}")
         if getattr(net, "num_classes", num_classes) != num_classes:
-            raise ValueError(
+            raise UserError(
                 f"{type(net).__name__} has num_classes={net.num_classes}, the model {num_classes}: make them equal"
             )
         self.net, self.path, self.prediction = net, path, prediction
@@ -66,7 +67,7 @@ class GenerativeModel(nn.Module):
         if labels is None and self.num_classes is not None:
             labels = torch.full_like(t, self.num_classes, dtype=torch.int64)
         elif labels is not None and self.num_classes is None:
-            raise ValueError("labels were given to an unconditional model; pass labels=None")
+            raise UserError("labels were given to an unconditional model; pass labels=None")
         # Expanded times are no other case for a compiled network.
         inputs = self.prediction.network_input(self.path, x, t), t.contiguous(), labels
         if self.dtype is None:

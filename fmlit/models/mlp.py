@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fmlit.core.errors import UserError
 from fmlit.models.time_embedding import time_embedding
 
 
@@ -21,7 +22,7 @@ class MLP(nn.Module):
     def __init__(self, shape: Sequence[int], num_classes: int | None = None, width: int = 256, depth: int = 3) -> None:
         super().__init__()
         if width < 2 or width % 2 or depth < 1:
-            raise ValueError(f"MLP needs an even width and a depth of at least 1, got width {width} and depth {depth}")
+            raise UserError(f"MLP needs an even width and a depth of at least 1, got width {width} and depth {depth}")
         self.shape, self.num_classes, self.width, self.depth = tuple(shape), num_classes, width, depth
         dimension = math.prod(self.shape)
         self.inputs = nn.Linear(dimension, width)

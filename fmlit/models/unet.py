@@ -10,6 +10,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from fmlit.core.errors import UserError
 from fmlit.models.time_embedding import TIME_SCALE
 
 
@@ -94,24 +95,24 @@ def _norm_groups(channels: int) -> int:
 
 def _check_unet(net: UNet) -> None:
     if len(net.shape) != 3:
-        raise ValueError(f"UNet needs images (channels, height, width), got shape {net.shape}; use MLP for vectors")
+        raise UserError(f"UNet needs images (channels, height, width), got shape {net.shape}; use MLP for vectors")
     if not net.multipliers or min(net.channels, net.blocks, net.head_channels, *net.multipliers) < 1:
         given = f"{net.channels}, {net.blocks}, {net.head_channels} and {net.multipliers}"
-        raise ValueError(f"UNet needs channels, blocks, head_channels and multipliers of at least 1, got {given}")
+        raise UserError(f"UNet needs channels, blocks, head_channels and multipliers of at least 1, got {given}")
     if net.norm_groups < 1 or any(net.channels * m % net.norm_groups for m in net.multipliers):
-        raise ValueError(f"UNet.norm_groups {net.norm_groups} does not divide the widths of the levels")
+        raise UserError(f"UNet.norm_groups {net.norm_groups} does not divide the widths of the levels")
     factor = 2 ** (len(net.multipliers) - 1)
     if net.shape[1] % factor or net.shape[2] % factor:
-        raise ValueError(
+        raise UserError(
             f"UNet.multipliers {net.multipliers} halve the image {len(net.multipliers) - 1} times: "
             f"{net.shape[1]}x{net.shape[2]} is not divisible by {factor}; use fewer levels or another image size"
         )
     heights = [net.shape[1] // 2**level for level in range(len(net.multipliers))]
     missing = [a for a in net.attention if a not in heights]
     if missing:
-        raise ValueError(f"UNet.attention {missing[0]} is not among the resolutions {heights} of this network")
+        raise UserError(f"UNet.attention {missing[0]} is not among the resolutions {heights} of this network")
     widths = [net.channels * m for m, h in zip(net.multipliers, heights, strict=True) if h in net.attention]
     widths.append(net.channels * net.multipliers[-1])  # the middle block attends too
     for width in widths:
         if width % net.head_channels:
-            raise ValueError(f"UNet.head_channels {net.head_channels} does not divide the attention width {width}")
+            raise UserError(f"UNet.head_channels {net.head_channels} does not divide the attention width {width}")

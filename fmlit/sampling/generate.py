@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_seeds
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.samplers import Sampler
@@ -33,9 +34,9 @@ def generate(
     i does not depend on the world size. ``labels`` (n,) defaults to classes in turn.
     """
     if n < 1 or batch_size < 1:
-        raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
+        raise UserError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
     if labels is not None and len(labels) != n:
-        raise ValueError(f"labels must have one entry for each of the {n} samples, got {len(labels)}")
+        raise UserError(f"labels must have one entry for each of the {n} samples, got {len(labels)}")
     for start in range(rank * batch_size, n, world_size * batch_size):
         indices = torch.arange(start, start + batch_size).clamp(max=n - 1)
         batch_labels = balanced_labels(model, indices) if labels is None else labels[indices]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.flows.paths import GaussianPath
 from fmlit.flows.times import SIGMA_MAX, SIGMA_MIN, Limits, sigma_limits
 
@@ -33,7 +34,7 @@ def _points(steps: int, limits: Limits) -> Tensor:
     """Fractions 0 ... 1 for a grid over ``limits``: one fewer where a denoising step will close it."""
     closing = limits.end < 1
     if steps < (2 if closing else 1):
-        raise ValueError(f"steps must be at least {2 if closing else 1} for this grid, got {steps}")
+        raise UserError(f"steps must be at least {2 if closing else 1} for this grid, got {steps}")
     return torch.linspace(0, 1, steps if closing else steps + 1, dtype=torch.float64)
 
 
@@ -75,7 +76,7 @@ class EDMGrid(Grid):
 
     def __post_init__(self) -> None:
         if not self.rho > 0:
-            raise ValueError(f"EDMGrid.rho must be positive, got {self.rho}")
+            raise UserError(f"EDMGrid.rho must be positive, got {self.rho}")
 
     def times(self, path: GaussianPath, steps: int, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
         first, last = _within(path, limits, self.sigma_min, self.sigma_max)

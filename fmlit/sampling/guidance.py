@@ -10,10 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import Field, expand_time
 from fmlit.models.generative_model import GenerativeModel
 
-LabelledField = Callable[[Tensor, Tensor, Tensor], Tensor]
+LabeledField = Callable[[Tensor, Tensor, Tensor], Tensor]
 Interval = tuple[float, float]
 
 
@@ -27,7 +28,7 @@ def classifier_free(conditional: Field, unconditional: Field, scale: float, inte
             is returned, and where that holds for the whole batch it alone is evaluated.
 
     Raises:
-        ValueError: a scale that is negative or not finite; an interval that is not 0 <= start < end <= 1.
+        UserError: a scale that is negative or not finite; an interval that is not 0 <= start < end <= 1.
     """
     return _extrapolate(conditional, lambda x, t: (conditional(x, t), unconditional(x, t)), scale, interval)
 
@@ -41,8 +42,8 @@ def autoguidance(model_field: Field, guide_field: Field, scale: float, interval:
     return _extrapolate(model_field, lambda x, t: (model_field(x, t), guide_field(x, t)), scale, interval)
 
 
-def labelled_classifier_free(
-    field: LabelledField, labels: Tensor, null_label: int | None, scale: float, interval: Interval = (0.0, 1.0)
+def labeled_classifier_free(
+    field: LabeledField, labels: Tensor, null_label: int | None, scale: float, interval: Interval = (0.0, 1.0)
 ) -> Field:
     """``classifier_free`` of one class-conditional field (x, t, labels), as a single evaluation of a doubled batch.
 
@@ -51,10 +52,10 @@ def labelled_classifier_free(
         null_label: the label with which the network was trained where labels were dropped.
 
     Raises:
-        ValueError: as for ``classifier_free``; guidance (a scale other than 1) without a null label.
+        UserError: as for ``classifier_free``; guidance (a scale other than 1) without a null label.
     """
     if null_label is None and scale != 1:
-        raise ValueError("classifier-free guidance needs a null label: train with label dropping, or use scale 1")
+        raise UserError("classifier-free guidance needs a null label: train with label dropping, or use scale 1")
 
     def conditional(x: Tensor, t: Tensor) -> Tensor:
         return field(x, t, labels)
@@ -72,10 +73,10 @@ def _extrapolate(
 ) -> Field:
     """The guided field; ``field`` alone serves where guidance does not act."""
     if not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"guidance scale must be finite and at least 0, got {scale}")
+        raise UserError(f"guidance scale must be finite and at least 0, got {scale}")
     start, end = interval
     if not 0 <= start < end <= 1:
-        raise ValueError(f"guidance interval must satisfy 0 <= start < end <= 1, got {tuple(interval)}")
+        raise UserError(f"guidance interval must satisfy 0 <= start < end <= 1, got {tuple(interval)}")
     if scale == 1:
         return field
     everywhere = start == 0 and end == 1  # asks nothing of t: a question would stall an accelerator's queue
@@ -95,16 +96,16 @@ def guided_velocity(model: GenerativeModel, labels: Tensor | None, scale: float)
     """The model's velocity for these labels, under classifier-free guidance where ``scale`` is not 1."""
     if labels is None:
         if scale != 1:
-            raise ValueError(f"guidance {scale} needs a class-conditional model and labels")
+            raise UserError(f"guidance {scale} needs a class-conditional model and labels")
         return model.velocity
-    return labelled_classifier_free(model.velocity, labels, model.null_label, scale)
+    return labeled_classifier_free(model.velocity, labels, model.null_label, scale)
 
 
 def autoguided_velocity(model: GenerativeModel, guide: GenerativeModel, labels: Tensor | None, scale: float) -> Field:
     """The model's velocity, pushed away from that of its guide, which may know no classes."""
     for what in ("shape", "path"):
         if getattr(guide, what) != getattr(model, what):
-            raise ValueError(
+            raise UserError(
                 f"the guide has the {what} {getattr(guide, what)}, the model {getattr(model, what)}: a guide is a "
                 f"weaker model of the same data on the same path"
             )
@@ -113,14 +114,14 @@ def autoguided_velocity(model: GenerativeModel, guide: GenerativeModel, labels: 
 
 
 def checked_labels(model: GenerativeModel, seeds: Tensor, labels: Tensor | None) -> Tensor | None:
-    """The labels on the model's device; a ValueError unless there is one for each seed, of the model's classes."""
+    """The labels on the model's device; a UserError unless there is one for each seed, of the model's classes."""
     if labels is None:
         return None
     if model.num_classes is None:
-        raise ValueError("labels were given to an unconditional model; leave them out")
+        raise UserError("labels were given to an unconditional model; leave them out")
     if labels.shape != seeds.shape:
-        raise ValueError(f"labels must have the shape of seeds {tuple(seeds.shape)}, got {tuple(labels.shape)}")
+        raise UserError(f"labels must have the shape of seeds {tuple(seeds.shape)}, got {tuple(labels.shape)}")
     if len(labels) and not (labels.min() >= 0 and labels.max() < model.num_classes):
         wrong = labels[(labels < 0) | (labels >= model.num_classes)][0].item()
-        raise ValueError(f"class id {wrong} is unknown: this model has classes 0 to {model.num_classes - 1}")
+        raise UserError(f"class id {wrong} is unknown: this model has classes 0 to {model.num_classes - 1}")
     return labels.to(model.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fmlit import solvers
+from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_noise
 from fmlit.core.tensors import Field, expand_time
 from fmlit.flows.diffusions import BetaDiffusion, Diffusion
@@ -80,18 +81,18 @@ class Sampler(ABC):
         return re.sub(r"[^A-Za-z0-9_.+]", "_", "+".join(parts))  # what protocols take
 
     def check(self, model: GenerativeModel, guide: GenerativeModel | None = None) -> None:
-        """Raise a ValueError where a model or guide does not have what the sampler follows, or steps are too few."""
+        """Raise a UserError where a model or guide does not have what the sampler follows, or steps are too few."""
         if self.stochastic and (model.coupled or (guide is not None and guide.coupled)):
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} needs the score, which does not follow from the velocity of a model that was "
                 f"trained on paired noise and data (model.coupling): use ODESampler, as by --solver heun"
             )
         if self.guidance != 1 and guide is None and model.num_classes is None:
-            raise ValueError(f"guidance {self.guidance:g} needs a class-conditional model, or a guide")
+            raise UserError(f"guidance {self.guidance:g} needs a class-conditional model, or a guide")
         self.times(model)
 
     def times(self, model: GenerativeModel) -> Tensor:
-        """The grid for a model, strictly increasing, float64. Raises a ValueError where it needs more steps."""
+        """The grid for a model, strictly increasing, float64. Raises a UserError where it needs more steps."""
         return self.grid.times(model.path, self.steps, self.limits(model))
 
     @abstractmethod
@@ -99,7 +100,7 @@ class Sampler(ABC):
         """The part of the clock on which the method's field is regular."""
 
     @abstractmethod
-    def walk(
+    def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
         """From x0 at times[0] to times[-1]: the end point (B, *shape), or all states (len(times), B, *shape)."""
@@ -126,7 +127,7 @@ class Sampler(ABC):
             (B, *shape) float32 on the model's device, or (points, B, *shape) with ``trajectory``.
 
         Raises:
-            ValueError: see ``check``; a label is none of the model's; the guide is of other data or on another path.
+            UserError: see ``check``; a label is none of the model's; the guide is of other data or on another path.
         """
         self.check(model, guide)
         known = checked_labels(model, seeds, labels)
@@ -139,7 +140,7 @@ class Sampler(ABC):
         with evaluation_mode(model, dtype), evaluation_mode(guide or model, dtype):
             noise = image_noise(seeds, model.shape).to(model.device)
             start = times[0].to(noise).expand(len(seeds))
-            states = self.walk(
+            states = self.integrate(
                 model, velocity, expand_time(model.path.beta(start), noise) * noise, times, seeds, trajectory
             )
             if times[-1] < 1:
@@ -179,7 +180,7 @@ class ODESampler(Sampler):
             return sigma_limits(model.path, *window)
         return sampling_limits(model.path, model.prediction, False, *window)
 
-    def walk(
+    def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
         solver = getattr(solvers, self.method)
@@ -219,7 +220,7 @@ class SDESampler(Sampler):
         window = self.grid.sigma_min, self.grid.sigma_max
         return sampling_limits(model.path, model.prediction, True, *window)
 
-    def walk(
+    def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
         sigma = self.sigma.along(model.path, times.to(x0))
@@ -270,7 +271,7 @@ class ChurnSampler(Sampler):
     def limits(self, model: GenerativeModel) -> Limits:
         return sigma_limits(model.path, self.grid.sigma_min, self.grid.sigma_max)
 
-    def walk(
+    def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
         def noise(step: int, like: Tensor) -> Tensor:
@@ -284,10 +285,10 @@ class ChurnSampler(Sampler):
 def _check_sampler(method: str, methods: Sequence[str], steps: int, guidance: float, precision: str) -> None:
     """Now, not at the first sample, which training may take hours to reach."""
     if method not in methods:
-        raise ValueError(f"unknown method {method!r}: choose from {', '.join(methods)}")
+        raise UserError(f"unknown method {method!r}: choose from {', '.join(methods)}")
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise UserError(f"steps must be at least 1, got {steps}")
     if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance must be finite and at least 0, got {guidance}")
+        raise UserError(f"guidance must be finite and at least 0, got {guidance}")
     if precision not in get_args(Precision):
-        raise ValueError(f"unknown precision {precision!r}: choose from {', '.join(get_args(Precision))}")
+        raise UserError(f"unknown precision {precision!r}: choose from {', '.join(get_args(Precision))}")

@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import Field
 from fmlit.flows.paths import GaussianPath
 from fmlit.flows.predictions import Velocity
-from fmlit.solvers.ode import batch_time, check_times, evaluate, march
+from fmlit.solvers.ode import batch_time, check_times, evaluate, integrate
 
 
 class Estimate(NamedTuple):
@@ -111,7 +112,7 @@ def unipc(
     where sigma = 0, not in all of the last p steps.
     """
     if order not in (1, 2, 3):
-        raise ValueError(f"unipc order must be 1, 2 or 3, got {order}")
+        raise UserError(f"unipc order must be 1, 2 or 3, got {order}")
     alphas, sigmas = noise_levels(path, times)
     past: deque[Estimate] = deque(maxlen=order)
 
@@ -127,18 +128,18 @@ def unipc(
         past.appendleft(estimate)
         return corrected
 
-    return march(step, x0, times, trajectory)
+    return integrate(step, x0, times, trajectory)
 
 
 def noise_levels(path: GaussianPath, times: Tensor) -> tuple[list[float], list[float]]:
-    """(alpha, sigma) at all times; a ValueError unless the times lie in [0, 1] and start where alpha > 0."""
+    """(alpha, sigma) at all times; a UserError unless the times lie in [0, 1] and start where alpha > 0."""
     clock = check_times(times)
     if clock[0] < 0 or clock[-1] > 1:
-        raise ValueError(f"times on a path must lie in [0, 1], got {clock[0]:g} to {clock[-1]:g}")
+        raise UserError(f"times on a path must lie in [0, 1], got {clock[0]:g} to {clock[-1]:g}")
     t = torch.tensor(clock, dtype=torch.float64)
     alpha = path.alpha(t)
     if not alpha[0] > 0:
-        raise ValueError(
+        raise UserError(
             f"times start at t = {clock[0]:g}, where alpha = 0 and sigma = beta / alpha is infinite: start later "
             "(EDMGrid and LogitSNRGrid do), with noise scaled by beta(times[0])"
         )
@@ -162,7 +163,7 @@ def _multistep(
         sigma = sigmas[n + 1]
         return alphas[n + 1] * (update(x / alphas[n], sigma, past) if sigma > 0 else past[0].data)
 
-    return march(step, x0, times, trajectory)
+    return integrate(step, x0, times, trajectory)
 
 
 def _relax(y: Tensor, data: Tensor, ratio: float) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fmlit import solvers
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import Field, from_uint8
 
 LEVEL = 1 / 127.5  # distance between two grey levels of images in [-1, 1]
@@ -41,12 +42,12 @@ def log_likelihood(
         solver: a function of ``fmlit.solvers`` that takes (field, x0, times).
         generator: source of the probe, on its own device.
 
-    The result carries no gradient. Raises ValueError for times that do not increase and for an unknown divergence.
+    The result carries no gradient. Raises UserError for times that do not increase and for an unknown divergence.
     """
     if divergence not in ("exact", "hutchinson"):
-        raise ValueError(f"divergence must be 'exact' or 'hutchinson', got {divergence!r}")
+        raise UserError(f"divergence must be 'exact' or 'hutchinson', got {divergence!r}")
     if times.ndim != 1 or len(times) < 2 or not (times.diff() > 0).all():
-        raise ValueError(f"times must be at least two increasing numbers, got {times.tolist()}")
+        raise UserError(f"times must be at least two increasing numbers, got {times.tolist()}")
     probe = _rademacher(z, generator) if divergence == "hutchinson" else None
     first, last = times[0].item(), times[-1].item()
 
@@ -81,7 +82,7 @@ def _gradient(output: Tensor, x: Tensor, vector: Tensor | None = None, retain_gr
     if output.requires_grad:
         (found,) = torch.autograd.grad(output, x, vector, retain_graph, allow_unused=True)
     if found is None:
-        raise ValueError("the field does not depend on x differentiably, so its divergence cannot be taken")
+        raise UserError("the field does not depend on x differentiably, so its divergence cannot be taken")
     return found
 
 
@@ -91,7 +92,7 @@ def _rademacher(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=generator, device=device).mul(2).sub(1).to(like)
 
 
-def dequantise(images: Tensor, generator: torch.Generator) -> Tensor:
+def dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
     """uint8 images (B, C, H, W) as float32 around [-1, 1], each value uniform over the width of its grey level.
 
     By Jensen, E[log p(dequantised)] + C H W log LEVEL bounds log P(images) from below (Theis et
@@ -102,7 +103,7 @@ def dequantise(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def bits_per_dimension(log_prob: Tensor, shape: Sequence[int]) -> Tensor:
-    """Bits per dimension, (B,), from log densities in nats of ``dequantise``d 8-bit images of this ``shape`` (C, H, W).
+    """Bits per dimension, (B,), from log densities in nats of ``dequantize``d 8-bit images of this ``shape`` (C, H, W).
 
     Grey levels lie LEVEL apart, so each dimension turns a density into a probability by a factor LEVEL, which adds
     log2(127.5) bits. A uniform density over the 256 levels gives 8.

@@ -5,7 +5,7 @@ Shared contract of all solvers in this package:
 * ``field(x, t)`` takes x (B, *shape) and t (B,) and returns like x. ``times`` is 1-D and increases strictly; step sizes
   are computed in float64, and time is cast to x's dtype only where the field is called.
 * The result is (B, *shape), with ``trajectory=True`` (len(times), B, *shape), starting with x0.
-* ValueError for times that do not increase, a field of another shape than x, and NaN or infinite values, naming the
+* UserError for times that do not increase, a field of another shape than x, and NaN or infinite values, naming the
   first step with one. Finiteness is gathered on the device and read once, at the end.
 """
 
@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import Field
 
 
@@ -24,7 +25,7 @@ def euler(field: Field, x0: Tensor, times: Tensor, trajectory: bool = False) -> 
     def step(n: int, x: Tensor, t: float, t_next: float) -> Tensor:
         return x + (t_next - t) * evaluate(field, x, t)
 
-    return march(step, x0, times, trajectory)
+    return integrate(step, x0, times, trajectory)
 
 
 def midpoint(field: Field, x0: Tensor, times: Tensor, trajectory: bool = False) -> Tensor:
@@ -35,7 +36,7 @@ def midpoint(field: Field, x0: Tensor, times: Tensor, trajectory: bool = False) 
         half = x + h / 2 * evaluate(field, x, t)
         return x + h * evaluate(field, half, t + h / 2)
 
-    return march(step, x0, times, trajectory)
+    return integrate(step, x0, times, trajectory)
 
 
 def heun(field: Field, x0: Tensor, times: Tensor, trajectory: bool = False) -> Tensor:
@@ -47,7 +48,7 @@ def heun(field: Field, x0: Tensor, times: Tensor, trajectory: bool = False) -> T
         k2 = evaluate(field, x + h * k1, t_next)
         return x + h / 2 * (k1 + k2)
 
-    return march(step, x0, times, trajectory)
+    return integrate(step, x0, times, trajectory)
 
 
 def rk4(field: Field, x0: Tensor, times: Tensor, trajectory: bool = False) -> Tensor:
@@ -61,7 +62,7 @@ def rk4(field: Field, x0: Tensor, times: Tensor, trajectory: bool = False) -> Te
         k4 = evaluate(field, x + h * k3, t_next)
         return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
-    return march(step, x0, times, trajectory)
+    return integrate(step, x0, times, trajectory)
 
 
 def dopri5(
@@ -72,7 +73,7 @@ def dopri5(
     The local error is controlled in the root mean square over the whole batch, so samples depend on their neighbours.
 
     Raises:
-        ValueError: also where no step is small enough: a singular field, or tolerances too tight for x0's dtype.
+        UserError: also where no step is small enough: a singular field, or tolerances too tight for x0's dtype.
     """
     from torchdiffeq import odeint
 
@@ -80,14 +81,14 @@ def dopri5(
     _check_start(x0)
     end = clock[-1]
     if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
-        raise ValueError(f"dopri5 needs rtol, atol >= 0 and not both 0, got rtol={rtol}, atol={atol}")
+        raise UserError(f"dopri5 needs rtol, atol >= 0 and not both 0, got rtol={rtol}, atol={atol}")
     _raise_unless_finite([torch.isfinite(x0).all()], clock)
 
     def checked_field(t: Tensor, x: Tensor) -> Tensor:
         time = min(t.detach().item(), end)  # the guess of a first step may probe the field beyond the end
         value = evaluate(field, x, time)
         if not torch.isfinite(value).all():  # no extra stall: step control reads the error estimate anyway
-            raise ValueError(f"dopri5: the field has NaN or infinite values at t = {time:g}")
+            raise UserError(f"dopri5: the field has NaN or infinite values at t = {time:g}")
         return value
 
     nodes = torch.tensor(clock, dtype=torch.float64, device=x0.device)
@@ -97,11 +98,11 @@ def dopri5(
     except AssertionError as error:
         if "underflow" not in str(error):
             raise
-        raise ValueError(f"dopri5 cannot reach rtol={rtol:g}, atol={atol:g} in {x0.dtype}: {error}") from error
+        raise UserError(f"dopri5 cannot reach rtol={rtol:g}, atol={atol:g} in {x0.dtype}: {error}") from error
     return states if trajectory else states[-1]
 
 
-def march(
+def integrate(
     step: Callable[[int, Tensor, float, float], Tensor], x0: Tensor, times: Tensor, trajectory: bool = False
 ) -> Tensor:
     """Apply ``x_{n+1} = step(n, x_n, t_n, t_{n+1})`` along ``times``; the loop of every fixed-step solver."""
@@ -121,7 +122,7 @@ def evaluate(field: Field, x: Tensor, time: float) -> Tensor:
     """``field(x, t)`` with ``time`` expanded to (B,), its shape checked, in x's dtype."""
     value = field(x, batch_time(time, x))
     if value.shape != x.shape:
-        raise ValueError(
+        raise UserError(
             f"the field must return shape {tuple(x.shape)} like x, got {tuple(value.shape)} at t = {time:g}"
         )
     return value.to(x.dtype)
@@ -133,21 +134,21 @@ def batch_time(time: float, x: Tensor) -> Tensor:
 
 
 def check_times(times: Tensor) -> list[float]:
-    """``times`` as floats; a ValueError unless they are 1-D, at least two, finite and strictly increasing."""
+    """``times`` as floats; a UserError unless they are 1-D, at least two, finite and strictly increasing."""
     if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f"times must be 1-D with at least 2 entries, got shape {tuple(times.shape)}")
+        raise UserError(f"times must be 1-D with at least 2 entries, got shape {tuple(times.shape)}")
     clock = times.tolist()
     for n, (t, t_next) in enumerate(pairwise(clock)):
         if not -float("inf") < t < t_next < float("inf"):
-            raise ValueError(f"times must be finite and increase strictly, got {t:g} then {t_next:g} at entry {n + 1}")
+            raise UserError(f"times must be finite and increase strictly, got {t:g} then {t_next:g} at entry {n + 1}")
     return clock
 
 
 def _check_start(x0: Tensor) -> None:
     if x0.ndim < 1 or not x0.is_floating_point():
-        raise ValueError(f"x0 must be a floating-point (B, *shape) tensor, got {x0.dtype} of shape {tuple(x0.shape)}")
+        raise UserError(f"x0 must be a floating-point (B, *shape) tensor, got {x0.dtype} of shape {tuple(x0.shape)}")
     if x0.dtype.itemsize < 4:  # times near 1 would round to it, and steps be lost in the state
-        raise ValueError(f"x0 must be in float32 or float64, got {x0.dtype}: let the field compute in less instead")
+        raise UserError(f"x0 must be in float32 or float64, got {x0.dtype}: let the field compute in less instead")
 
 
 def _raise_unless_finite(finite: Sequence[Tensor], clock: Sequence[float]) -> None:
@@ -157,8 +158,8 @@ def _raise_unless_finite(finite: Sequence[Tensor], clock: Sequence[float]) -> No
         return
     n = flags.index(False)
     if n == 0:
-        raise ValueError(f"x0 has NaN or infinite values (t = {clock[0]:g})")
-    raise ValueError(
+        raise UserError(f"x0 has NaN or infinite values (t = {clock[0]:g})")
+    raise UserError(
         f"NaN or infinite values appear in step {n} of {len(clock) - 1}, from t = {clock[n - 1]:g} to {clock[n]:g}: "
         "the field is not finite there, or the step is too large for it"
     )

@@ -14,10 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.core.tensors import Field
 from fmlit.flows.paths import GaussianPath
 from fmlit.solvers.exponential import data_and_noise, noise_levels
-from fmlit.solvers.ode import batch_time, evaluate, march
+from fmlit.solvers.ode import batch_time, evaluate, integrate
 
 NoiseSource = Callable[[int, Tensor], Tensor]
 
@@ -41,7 +42,7 @@ def euler_maruyama(
         h = t_next - t
         return x + h * evaluate(drift, x, t) + h**0.5 * _coefficient(diffusion, x, t) * draw(n, x)
 
-    return march(step, x0, times, trajectory)
+    return integrate(step, x0, times, trajectory)
 
 
 def stochastic_heun(
@@ -69,7 +70,7 @@ def stochastic_heun(
         k2 = evaluate(drift, x + h * k1 + kick, t_next)
         return x + h / 2 * (k1 + k2) + kick
 
-    return march(step, x0, times, trajectory)
+    return integrate(step, x0, times, trajectory)
 
 
 def churn(
@@ -114,22 +115,22 @@ def churn(
             y_next = y + (sigma_next - sigma) / 2 * (slope + slope_next)
         return alpha_next * y_next
 
-    return march(step, x0, times, trajectory)
+    return integrate(step, x0, times, trajectory)
 
 
 def check_churn(s_churn: float, s_min: float, s_max: float, s_noise: float) -> None:
-    """Raise a ValueError that names what ``churn`` would refuse."""
+    """Raise a UserError that names what ``churn`` would refuse."""
     for name, value in (("s_churn", s_churn), ("s_min", s_min), ("s_noise", s_noise)):
         if not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+            raise UserError(f"{name} must not be negative, got {value}")
     if not s_max >= s_min:
-        raise ValueError(f"churn needs s_min <= s_max, got {s_min} and {s_max}")
+        raise UserError(f"churn needs s_min <= s_max, got {s_min} and {s_max}")
 
 
 def _noise_source(noise: NoiseSource | None, generator: torch.Generator | None) -> NoiseSource:
     """``noise`` with its shape checked, or fresh draws from the generator (on its own device, then moved to x's)."""
     if noise is not None and generator is not None:
-        raise ValueError("give either noise or generator, not both")
+        raise UserError("give either noise or generator, not both")
 
     def draw(i: int, like: Tensor) -> Tensor:
         if noise is None:
@@ -137,7 +138,7 @@ def _noise_source(noise: NoiseSource | None, generator: torch.Generator | None) 
             return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
         xi = noise(i, like)
         if xi.shape != like.shape:
-            raise ValueError(f"noise({i}, x) must have the shape {tuple(like.shape)} of x, got {tuple(xi.shape)}")
+            raise UserError(f"noise({i}, x) must have the shape {tuple(like.shape)} of x, got {tuple(xi.shape)}")
         return xi.to(like)
 
     return draw
@@ -148,7 +149,7 @@ def _coefficient(diffusion: Field, x: Tensor, time: float) -> Tensor:
     g = torch.as_tensor(diffusion(x, batch_time(time, x)), dtype=x.dtype)
     fits = g.ndim == x.ndim and all(a in (1, b) for a, b in zip(g.shape, x.shape, strict=True))
     if g.ndim and not fits:
-        raise ValueError(
+        raise UserError(
             f"diffusion must be a number or broadcast to x of shape {tuple(x.shape)} with as many dimensions, got "
             f"{tuple(g.shape)}: expand a (B,) coefficient with fmlit.core.tensors.expand_time(sigma, x)"
         )

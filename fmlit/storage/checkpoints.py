@@ -13,7 +13,8 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from fmlit.core.files import Hash, HashingWriter, read_hashes, replacing, sha256, write_hashes
+from fmlit.core.errors import UserError
+from fmlit.core.files import Hash, HashingWriter, atomic_write, read_hashes, sha256, write_hashes
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             OSError: the folder cannot be written, or the disk is full. The message names folder and file.
-            ValueError: the checkpoint holds objects that could not be loaded again with ``weights_only``.
+            UserError: the checkpoint holds objects that could not be loaded again with ``weights_only``.
         """
         if storage_options is not None:
             raise TypeError("storage_options are for remote storage; AtomicCheckpointIO writes local files")
@@ -41,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(path.parent)
             previous = _recorded(path) or ([sha256(path)] if path.is_file() else [])
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 digest = _save(checkpoint, file)
                 _record(path, [*previous, digest])
             if previous:
@@ -55,9 +56,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: StrPath, map_location: Any = "cpu", weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """A verified checkpoint. Raises FileNotFoundError, or a ValueError that names the file and what is wrong."""
+        """A verified checkpoint. Raises FileNotFoundError, or a UserError that names the file and what is wrong."""
         if weights_only is False:
-            raise ValueError(f"checkpoint {path}: weights_only=False could run code from the file; leave it out")
+            raise UserError(f"checkpoint {path}: weights_only=False could run code from the file; leave it out")
         return _load(path, map_location)
 
     def remove_checkpoint(self, path: StrPath) -> None:
@@ -102,7 +103,7 @@ def newest_valid(folder: StrPath) -> Path:
     One warning for each file that is skipped.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     found, skipped = [], 0
     for path in sorted(Path(folder).glob("*.ckpt")):
@@ -119,13 +120,13 @@ def newest_valid(folder: StrPath) -> Path:
             return path
         skipped += 1
         log.warning("skipped a checkpoint: %s is damaged: %s", path, verdict.reason)
-    raise ValueError(f"no usable checkpoint in {folder} ({skipped} damaged); start anew, without --resume")
+    raise UserError(f"no usable checkpoint in {folder} ({skipped} damaged); start anew, without --resume")
 
 
 def load(path: StrPath) -> dict[str, Any]:
     """A verified checkpoint, plain data and tensors on the CPU; a tensor is read from the file when it is used.
 
-    Raises FileNotFoundError, or a ValueError that names the file and what is wrong with it.
+    Raises FileNotFoundError, or a UserError that names the file and what is wrong with it.
     """
     return _load(path, mmap=True)
 
@@ -138,7 +139,7 @@ def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> str:
     except RuntimeError as error:  # a failed write reaches us as an inconsistency of torch's archive
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     if foreign := _foreign_objects(Path(file.name)):  # fail now, not at the resume that needs the file
-        raise ValueError(
+        raise UserError(
             f"the checkpoint would hold {foreign}, which could not be loaded again: only tensors and plain values are; "
             f"convert it in state_dict, on_save_checkpoint or save_hyperparameters"
         )
@@ -151,7 +152,7 @@ def _load(path: StrPath, map_location: Any = "cpu", mmap: bool = False) -> dict[
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} cannot be loaded: {verdict.reason}")
     if not verdict:
-        raise ValueError(f"checkpoint {path} is damaged: {verdict.reason}; take another one from {path.parent}")
+        raise UserError(f"checkpoint {path} is damaged: {verdict.reason}; take another one from {path.parent}")
     return _read(path, map_location, mmap)
 
 
@@ -165,9 +166,9 @@ def _read(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str
             problem = f"is refused: it holds {foreign}, which could run code; only tensors and plain values are loaded"
         else:
             problem = f"cannot be read: {str(error).splitlines()[0]}"
-        raise ValueError(f"checkpoint {path} {problem}") from error
+        raise UserError(f"checkpoint {path} {problem}") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"checkpoint {path} holds a {type(checkpoint).__qualname__}, not a checkpoint")
+        raise UserError(f"checkpoint {path} holds a {type(checkpoint).__qualname__}, not a checkpoint")
     return checkpoint
 
 
@@ -181,7 +182,7 @@ def _foreign_objects(path: Path) -> str:
 
 def _local(path: StrPath) -> Path:
     if "://" in str(path):
-        raise ValueError(f"checkpoint {path} is a URL: download it, or mount the storage, and give a path")
+        raise UserError(f"checkpoint {path} is a URL: download it, or mount the storage, and give a path")
     return Path(path)
 
 

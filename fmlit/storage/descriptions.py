@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import fmlit
+from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule
 from fmlit.flows.paths import GaussianPath
 from fmlit.flows.predictions import Prediction
@@ -31,14 +32,14 @@ def describe(obj: Any) -> Description:
     """``{"class_path": ..., "init_args": {...}}`` of a model, network, path or prediction; all arguments resolved.
 
     Raises:
-        ValueError: a constructor argument is not an attribute of the same name, or its value is not plain data.
+        UserError: a constructor argument is not an attribute of the same name, or its value is not plain data.
     """
     obj = getattr(obj, "_orig_mod", obj)  # the module inside a torch.compile wrapper
     cls = type(obj)
     if not isinstance(obj, BASES):
-        raise ValueError(f"only networks, paths, predictions and data can be described, got a {cls.__qualname__}")
+        raise UserError(f"only networks, paths, predictions and data can be described, got a {cls.__qualname__}")
     if "." in cls.__qualname__:
-        raise ValueError(f"{cls.__qualname__} could not be found again: define it at the top level of a module")
+        raise UserError(f"{cls.__qualname__} could not be found again: define it at the top level of a module")
     parameters = inspect.signature(cls).parameters
     if cls.__name__ == "UNet2DModel" and cls.__module__.startswith("diffusers."):
         class_path, values = UNET2D, dict(cast(Any, obj).config)  # where diffusers keeps the arguments
@@ -47,7 +48,7 @@ def describe(obj: Any) -> Description:
         values = {name: getattr(obj, name) for name in parameters if hasattr(obj, name)}
     for name, parameter in parameters.items():
         if name not in values or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise ValueError(
+            raise UserError(
                 f"{cls.__qualname__} cannot be written into a checkpoint: keep its constructor argument {name!r}, like "
                 f"every other, as an attribute of the same name"
             )
@@ -72,7 +73,7 @@ def _plain(value: Any, where: str) -> Any:
         return {key: _plain(item, where) for key, item in value.items()}
     if isinstance(value, BASES):
         return describe(value)
-    raise ValueError(
+    raise UserError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be written into a checkpoint: "
         f"use None, bool, int, float, str, a list, tuple or dict of these, or a network, path or prediction"
     )
@@ -86,10 +87,10 @@ def build(description: Description, trust: Sequence[str] = ()) -> Any:
     first one is built.
 
     Raises:
-        ValueError: a class outside of these, an unknown or unfit argument, or something that is no description.
+        UserError: a class outside of these, an unknown or unfit argument, or something that is no description.
     """
     if not (isinstance(description, dict) and "class_path" in description):
-        raise ValueError(f"a description is a dict with class_path and init_args, got {_shorten(description)}")
+        raise UserError(f"a description is a dict with class_path and init_args, got {_shorten(description)}")
     class_paths = [nested["class_path"] for nested in _nested(description)]
     for class_path in class_paths:
         module, _, name = class_path.rpartition(".")
@@ -106,18 +107,18 @@ def _nested(value: Any) -> Iterator[Description]:
         arguments = value.get("init_args", {})
         known = value.keys() <= {"class_path", "init_args"}
         if not (known and isinstance(value["class_path"], str) and isinstance(arguments, dict)):
-            raise ValueError(f"a description has class_path, a str, and init_args, a dict, got {_shorten(value)}")
+            raise UserError(f"a description has class_path, a str, and init_args, a dict, got {_shorten(value)}")
         yield value
         value = arguments
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
-            raise ValueError(f"names of arguments in a description must be str, got {_shorten(list(value))}")
+            raise UserError(f"names of arguments in a description must be str, got {_shorten(list(value))}")
         value = list(value.values())
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from _nested(item)
     elif not (value is None or isinstance(value, (bool, int, float, str))):
-        raise ValueError(f"a description holds plain data only, got a {type(value).__qualname__}")
+        raise UserError(f"a description holds plain data only, got a {type(value).__qualname__}")
 
 
 def _import(class_path: str, trust: Sequence[str]) -> type:
@@ -125,7 +126,7 @@ def _import(class_path: str, trust: Sequence[str]) -> type:
     try:
         cls = getattr(importlib.import_module(module_name), name, None)
     except ImportError as error:
-        raise ValueError(f"{class_path} cannot be imported: {error}; install its package or set PYTHONPATH") from error
+        raise UserError(f"{class_path} cannot be imported: {error}; install its package or set PYTHONPATH") from error
     # The module that defines the class counts, not the one it was found in: my_package.os is the same as os.
     home = {"fmlit": ("fmlit",), "diffusers": ("diffusers",)}.get(module_name, trust)
     if not (isinstance(cls, type) and issubclass(cls, BASES) and _is_within(cls.__module__, home)):
@@ -146,15 +147,15 @@ def _construct(value: Any, classes: dict[str, type]) -> Any:
         return classes[value["class_path"]](**arguments)
     except Exception as error:  # whatever a constructor says to the arguments that a file made up
         message = " ".join(str(error).split())
-        raise ValueError(f"{value['class_path']} cannot be built from its description: {message}") from error
+        raise UserError(f"{value['class_path']} cannot be built from its description: {message}") from error
 
 
 def _is_within(dotted: str, packages: Sequence[str]) -> bool:
     return any(dotted == package or dotted.startswith(f"{package}.") for package in packages)
 
 
-def _refusal(class_path: str) -> ValueError:
-    return ValueError(
+def _refusal(class_path: str) -> UserError:
+    return UserError(
         f"{_shorten(class_path)} is refused: a checkpoint may name the public networks, paths and predictions of fmlit "
         f"and {UNET2D}; classes of another package are built only if you trust it, by --trust PACKAGE, or to train, by "
         f"a configuration that names them"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fmlit
+from fmlit.core.errors import UserError
 from fmlit.core.files import Hash, read_hashes, sha256, write_hashes
 from fmlit.flows.predictions import Velocity
 from fmlit.models.generative_model import GenerativeModel
@@ -44,14 +45,14 @@ def save(
         shard_mb: megabytes (10^6 bytes) of weights per file; a larger tensor has a file of its own. None for one file.
 
     Raises:
-        ValueError: no such ``dtype``, a file size below 1, or a weight beyond the range of ``dtype``, named.
+        UserError: no such ``dtype``, a file size below 1, or a weight beyond the range of ``dtype``, named.
     """
     from huggingface_hub import save_torch_state_dict
 
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if shard_mb is not None and shard_mb < 1:
-        raise ValueError(f"shard_mb must be at least 1 megabyte, got {shard_mb}")
+        raise UserError(f"shard_mb must be at least 1 megabyte, got {shard_mb}")
     most = sys.maxsize if shard_mb is None else shard_mb * 10**6
     state = {name: _stored(name, tensor, dtype) for name, tensor in model.net.state_dict().items()}
     save_torch_state_dict(state, folder, max_shard_size=most)
@@ -75,7 +76,7 @@ def _stored(name: str, tensor: Tensor, dtype: DType) -> Tensor:
     if not torch.equal(stored.isinf(), tensor.isinf().cpu()):
         most = torch.finfo(to).max
         wider = [name for name, other in DTYPES.items() if torch.finfo(other).max > most]
-        raise ValueError(
+        raise UserError(
             f"{name} holds weights up to {tensor.abs().max():g}, and {dtype} ends at {most:g}: use "
             f"{' or '.join(reversed(wider))}"
         )
@@ -91,16 +92,16 @@ def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | s
         device: where to put the model.
 
     Raises:
-        ValueError: files that are missing, damaged, or do not fit each other.
+        UserError: files that are missing, damaged, or do not fit each other.
     """
     folder = Path(folder)
     try:
         model = descriptions.build(json.loads((folder / DESCRIPTION).read_text())["model"], trust)
         if not isinstance(model, GenerativeModel):
-            raise ValueError(f"{DESCRIPTION} describes a {type(model).__qualname__}, not a GenerativeModel")
+            raise UserError(f"{DESCRIPTION} describes a {type(model).__qualname__}, not a GenerativeModel")
         model.net.load_state_dict(_read_weights(folder))
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} does not hold an exported model: {' '.join(str(error).split())}") from error
+        raise UserError(f"{folder} does not hold an exported model: {' '.join(str(error).split())}") from error
     return model.to(device).float().eval()
 
 
@@ -112,10 +113,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file:
-            raise ValueError(f"{INDEX} names {file}, which is outside of the folder")
+            raise UserError(f"{INDEX} names {file}, which is outside of the folder")
         shard = _read_file(folder, file)
         if shard.keys() != {name for name, place in files.items() if place == file}:
-            raise ValueError(f"{file} does not hold the tensors that {INDEX} places there")
+            raise UserError(f"{file} does not hold the tensors that {INDEX} places there")
         state |= shard
     return state
 
@@ -127,11 +128,11 @@ def _read_file(folder: Path, name: str) -> dict[str, Tensor]:
 
     known = {file: digest for digest, file in read_hashes(folder / HASHES)}
     if name in known and sha256(folder / name) != known[name]:
-        raise ValueError(f"{name} is damaged: its SHA-256 is not the one in {HASHES}; copy it again")
+        raise UserError(f"{name} is damaged: its SHA-256 is not the one in {HASHES}; copy it again")
     try:
         return load_file(folder / name)
     except SafetensorError as error:
-        raise ValueError(f"{name} is damaged: {error}") from error
+        raise UserError(f"{name} is damaged: {error}") from error
 
 
 def readme(model: GenerativeModel, dtype: DType = "float32") -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fmlit.core.errors import UserError
 from fmlit.data import DataModule
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage import checkpoints, descriptions
@@ -25,15 +26,15 @@ def load_model(
     """
     checkpoint = load(path)
     if "model_description" not in checkpoint:
-        raise ValueError(f"checkpoint {path} does not describe its model: it was not written by an fmlit module")
+        raise UserError(f"checkpoint {path} does not describe its model: it was not written by an fmlit module")
     try:
         model = descriptions.build(checkpoint["model_description"], trust)
         if not isinstance(model, GenerativeModel):
-            raise ValueError(f"it describes a {type(model).__qualname__}, not a GenerativeModel")
+            raise UserError(f"it describes a {type(model).__qualname__}, not a GenerativeModel")
         state = _select_weights(checkpoint, weights)
         _check_fit(state, model.net.state_dict())
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {path}: {error}") from error
+        raise UserError(f"checkpoint {path}: {error}") from error
     model.net.load_state_dict(state)
     return model.to(device).eval()
 
@@ -46,7 +47,7 @@ def _select_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     averaged = checkpoint.get("ema") or {}
     name = next(iter(averaged), weights) if weights == "ema" and "ema" not in averaged else weights
     if name not in averaged:
-        raise ValueError(f"it holds no weights {weights!r}; choose one of: {', '.join(['raw', *averaged])}")
+        raise UserError(f"it holds no weights {weights!r}; choose one of: {', '.join(['raw', *averaged])}")
     return {key.replace("_orig_mod.", ""): value for key, value in averaged[name].items()}
 
 
@@ -58,17 +59,17 @@ def _check_fit(given: dict[str, Any], wanted: dict[str, Any]) -> None:
     }
     found = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
     if found:
-        raise ValueError(f"its weights do not fit the network that it describes: {'; '.join(found)}")
+        raise UserError(f"its weights do not fit the network that it describes: {'; '.join(found)}")
 
 
 def training_data(checkpoint: Path | None, trust: Sequence[str] = ()) -> DataModule:
     """The data set that a checkpoint was trained on, built from the description in it."""
     if checkpoint is None:
-        raise ValueError("give --data, or the --checkpoint of a model that was trained on them")
+        raise UserError("give --data, or the --checkpoint of a model that was trained on them")
     try:
         data = descriptions.build(checkpoints.load(checkpoint).get("data_description", {}), trust)
         if not isinstance(data, DataModule):
-            raise ValueError(f"it describes a {type(data).__qualname__}, not data")
+            raise UserError(f"it describes a {type(data).__qualname__}, not data")
     except ValueError as error:
-        raise ValueError(f"the training data of {checkpoint} cannot be built ({error}); give them by --data") from error
+        raise UserError(f"the training data of {checkpoint} cannot be built ({error}); give them by --data") from error
     return data

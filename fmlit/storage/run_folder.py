@@ -12,19 +12,20 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from fmlit.core.files import replacing
+from fmlit.core.errors import UserError
+from fmlit.core.files import atomic_write
 
 
 def claim(root: str | Path, name: str) -> Path:
     """Create the folder of a new run: ``root/name``, or with the next number. Two jobs never get the same one.
 
     Raises:
-        ValueError: the name is not a plain folder name.
+        UserError: the name is not a plain folder name.
         OSError: ``root`` cannot be written.
     """
     root = Path(root)
     if not name.strip() or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
-        raise ValueError(f"a run's name is a plain folder name, without slashes, got {name!r}")
+        raise UserError(f"a run's name is a plain folder name, without slashes, got {name!r}")
     runs = runs_named(root, name)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -44,10 +45,10 @@ def claim(root: str | Path, name: str) -> Path:
 
 
 def newest(root: str | Path, name: str) -> Path:
-    """The folder of the run of that name that was claimed last. Raises ValueError if there is none."""
+    """The folder of the run of that name that was claimed last. Raises UserError if there is none."""
     runs = runs_named(Path(root), name)
     if not runs:
-        raise ValueError(f"there is no run named {name!r} in {root} to go on with; start it without --resume")
+        raise UserError(f"there is no run named {name!r} in {root} to go on with; start it without --resume")
     return runs[-1]
 
 
@@ -81,11 +82,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, or the whole run") from error
+        raise UserError(f"{path} is damaged ({error}); delete it, or the whole run") from error
 
 
 def write_record(folder: Path, known: dict[str, Any]) -> None:
-    with replacing(folder / "run.json") as file:
+    with atomic_write(folder / "run.json") as file:
         file.write(json.dumps(known, indent=1).encode())
 
 
@@ -93,7 +94,7 @@ def find_checkpoint(path: str, option: str = "checkpoint", takes: str = "a .ckpt
     """A checkpoint file as it is; of a run folder, its newest checkpoint ``checkpoints/last.ckpt``."""
     found = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
     if not found.is_file():
-        raise ValueError(f"there is no checkpoint {found}: give --{option} {takes}")
+        raise UserError(f"there is no checkpoint {found}: give --{option} {takes}")
     return found
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from fmlit.core.errors import UserError
 from fmlit.models.compilation import compile_net
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.training.modules import GenerativeModule
@@ -32,9 +33,9 @@ class EMA(pl.Callback):
 
     def __init__(self, half_lives: Sequence[int] = (500_000,), ramp: float = 0.05) -> None:
         if not half_lives or min(half_lives) < 1 or len(set(half_lives)) < len(half_lives):
-            raise ValueError(f"ema.half_lives must be distinct positive numbers of images, got {list(half_lives)}")
+            raise UserError(f"ema.half_lives must be distinct positive numbers of images, got {list(half_lives)}")
         if not ramp > 0:
-            raise ValueError(f"ema.ramp must be positive, got {ramp}")
+            raise UserError(f"ema.ramp must be positive, got {ramp}")
         self.half_lives, self.ramp = tuple(half_lives), ramp
         self.names = tuple(f"ema_{half_life}" for half_life in self.half_lives)
         self.copies: dict[str, AveragedModel] = {}
@@ -103,7 +104,7 @@ class EMA(pl.Callback):
         stored = checkpoint.get("ema", {})
         missing = [name for name in self.names if name not in stored]
         if missing:
-            raise ValueError(f"the checkpoint has no average {missing[0]}, only {sorted(stored)}: keep ema.half_lives")
+            raise UserError(f"the checkpoint has no average {missing[0]}, only {sorted(stored)}: keep ema.half_lives")
         for name, copy in self.copies.items():
             copy.module.load_state_dict(stored[name])
             copy.n_averaged.fill_(1)  # the first update copies the weights instead of averaging

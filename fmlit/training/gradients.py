@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from fmlit.core.processes import Ranks
+from fmlit.core.processes import ProcessGroup
 
 
 class GradientGuard:
@@ -65,7 +65,7 @@ class GradientGuard:
             self._check_losses()
         if self._bad_since.item() < 0:
             return
-        totals = Ranks.current().gather_objects(self._losses.item())
+        totals = ProcessGroup.current().gather_objects(self._losses.item())
         ranks = [rank for rank, total in enumerate(totals) if not math.isfinite(total)]
         where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
         raise FloatingPointError(
@@ -77,7 +77,7 @@ class GradientGuard:
         """Twice in a row, since a scaler may yet find its scale where one loss overflows."""
         if not self._noted:
             return
-        totals = Ranks.current().gather_objects(self._losses.item())
+        totals = ProcessGroup.current().gather_objects(self._losses.item())
         ranks = [rank for rank, total in enumerate(totals) if not math.isfinite(total)]
         self._noted, self._bad_checks = 0, self._bad_checks + 1 if ranks else 0
         self._losses.zero_()

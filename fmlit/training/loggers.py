@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from fmlit.core.files import replacing
+from fmlit.core.files import atomic_write
 from fmlit.storage.run_folder import wandb_id
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class MetricsFile(Logger):
         head = (header.getvalue() + self._lines(rows[:-1])).encode()
         last = self._lines(rows[-1:]).encode()
         try:
-            with replacing(self.path) as file:
+            with atomic_write(self.path) as file:
                 file.write(head + last)
         except OSError:
             self._columns = before  # those of the file that is still there

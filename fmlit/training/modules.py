@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fmlit.core import randomness
+from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule
 from fmlit.flows.couplings import Coupling, IndependentCoupling, transport_cost
-from fmlit.flows.loss_weights import TimeUncertainty
+from fmlit.flows.loss_weights import LearnedLossWeight
 from fmlit.flows.losses import flow_matching_loss, score_matching_loss
 from fmlit.flows.paths import CondOTPath, GaussianPath, VPPath
 from fmlit.flows.predictions import Noise, Prediction, Score, Velocity
-from fmlit.flows.times import Limits, TimeLaw, UniformTime, training_limits
+from fmlit.flows.times import Limits, TimeDistribution, UniformTime, training_limits
 from fmlit.models.compilation import CUDA_GRAPHS, CompileMode, compile_net
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.descriptions import describe
 from fmlit.training.gradients import GradientGuard
-from fmlit.training.optimizers import MuonAdamW, lay_out, reconfigure
+from fmlit.training.optimizers import MuonAdamW, match_state_strides, reconfigure
 from fmlit.training.schedules import Decay, RateSchedule
 
 NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
@@ -45,7 +46,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         conditional: train a class-conditional model.
         path: the Gaussian path from noise to data.
         prediction: what the network predicts.
-        time_law: the law of training times.
+        time_distribution: the law of training times.
         coupling: how data and noise are paired within a batch.
         label_drop: probability with which a sample's label is replaced by the null label.
         images: run length in training images; the decay ends there.
@@ -56,7 +57,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         betas: AdamW's.
         weight_decay: AdamW's and Muon's.
         muon: train hidden matrices and kernels by Muon, the rest by AdamW, at the same learning rate.
-        uncertainty: learn a weight of the loss over t along with the network; see ``TimeUncertainty``.
+        learned_loss_weight: learn a weight of the loss over t along with the network; see ``LearnedLossWeight``.
         channels_last: keep kernels and activations in the channels-last format, which suits GPUs.
         compile: mode of ``torch.compile`` for the network; null runs it plainly.
         seed: of all training draws; the command line takes it from ``seed_everything``.
@@ -70,7 +71,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         conditional: bool = False,
         path: GaussianPath = CondOTPath(),
         prediction: Prediction = Velocity(),
-        time_law: TimeLaw = UniformTime(),
+        time_distribution: TimeDistribution = UniformTime(),
         coupling: Coupling = IndependentCoupling(),
         label_drop: float = 0.1,
         images: int = 1_000_000,
@@ -81,27 +82,27 @@ class GenerativeModule(pl.LightningModule, ABC):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         muon: bool = False,
-        uncertainty: bool = False,
+        learned_loss_weight: bool = False,
         channels_last: bool = False,
         compile: CompileMode | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if conditional and num_classes is None:
-            raise ValueError("conditional: true needs data with classes, and this data has none")
+            raise UserError("conditional: true needs data with classes, and this data has none")
         if not 0 <= label_drop <= 1:
-            raise ValueError(f"label_drop must be a probability in [0, 1], got {label_drop}")
+            raise UserError(f"label_drop must be a probability in [0, 1], got {label_drop}")
         if not learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+            raise UserError(f"learning_rate must be positive, got {learning_rate}")
         self.schedule = RateSchedule(images, warmup_images, stable_images, decay)
         classes = num_classes if conditional else None
         coupled = not isinstance(coupling, IndependentCoupling)
         self.model = GenerativeModel(net(tuple(shape), classes), path, prediction, shape, classes, coupled)
-        self.time_law, self.coupling, self.label_drop = time_law, coupling, label_drop
-        self.uncertainty = TimeUncertainty() if uncertainty else None
+        self.time_distribution, self.coupling, self.label_drop = time_distribution, coupling, label_drop
+        self.loss_weight = LearnedLossWeight() if learned_loss_weight else None
         if channels_last:
             if any(p.ndim == 5 for p in self.model.net.parameters()):
-                raise ValueError("channels_last is of images, and this network has kernels of three dimensions")
+                raise UserError("channels_last is of images, and this network has kernels of three dimensions")
             self.model.net.to(memory_format=torch.channels_last)
         self.channels_last = channels_last
         self.muon, self.compile_mode = muon, compile
@@ -124,7 +125,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         self._ending = False
         self.zero_grad()  # an earlier fit may have been interrupted between accumulated batches
         if self.compile_mode in CUDA_GRAPHS and self.trainer.accumulate_grad_batches > 1:
-            raise ValueError(  # the next graph would write over gradients that are still being summed
+            raise UserError(  # the next graph would write over gradients that are still being summed
                 f"model.compile: {self.compile_mode} and trainer.accumulate_grad_batches do not go together; choose "
                 f"max-autotune-no-cudagraphs or default"
             )
@@ -135,10 +136,10 @@ class GenerativeModule(pl.LightningModule, ABC):
         self.guard.to(self.device)
         self.guard.scaled = self._scaled
         for optimizer in self.trainer.optimizers:
-            lay_out(optimizer)
+            match_state_strides(optimizer)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.world_size > 1 and isinstance(data, DataModule):
-            share = data.share().size
+            share = data.rank_slice().size
             if not self.coupling.keeps_pairs(share):
                 rank_zero_warn(
                     f"model.coupling: {self.coupling} pairs other points on {self.trainer.world_size} processes, each "
@@ -154,7 +155,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         losses = self.loss(z, eps, t, labels)
         self.guard.note(losses.detach())
         self.images_seen += len(z) * self.trainer.world_size
-        weighed = losses if self.uncertainty is None else self.uncertainty.weigh(losses, self.model.path, t)
+        weighed = losses if self.loss_weight is None else self.loss_weight.weigh(losses, self.model.path, t)
         outputs = {"loss": weighed.mean(), "losses": losses.detach(), "times": t}
         if eps is not drawn:
             outputs["transport_cost"] = transport_cost(z, eps)
@@ -178,7 +179,7 @@ class GenerativeModule(pl.LightningModule, ABC):
             return randomness.training_generator(self.seed, self.images_seen, stream, self.device)
 
         eps = torch.randn(total, *self.model.shape, generator=generator("noise"), device=self.device)[mine]
-        t = self.time_law.sample(total, generator("time"), self.time_limits)[mine]
+        t = self.time_distribution.sample(total, generator("time"), self.time_limits)[mine]
         if labels is not None and self.label_drop > 0:
             dropped = torch.rand(total, generator=generator("labels"), device=self.device)[mine] < self.label_drop
             labels = torch.where(dropped, self.model.null_label, labels)  # type: ignore[arg-type]  # there are classes
@@ -204,7 +205,7 @@ class GenerativeModule(pl.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         settings: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
         settings["fused"] = not self._scaled  # a gradient scaler and clipping do not go together with it
-        others = [] if self.uncertainty is None else [p for p in self.uncertainty.parameters() if p.requires_grad]
+        others = [] if self.loss_weight is None else [p for p in self.loss_weight.parameters() if p.requires_grad]
         optimizer: Optimizer
         if self.muon:
             optimizer = MuonAdamW(self.model.net, others=others, **settings)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from fmlit.core.errors import UserError
+
 MIN_CHANNELS = 16  # pictures have fewer, so that the first and the last layer of a U-Net are not hidden
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x -> a x + b x^3 + c x^5, the steepest at 0 (Jordan 2024)
 RMS_OF_ADAMW = 0.2  # root mean square of AdamW's update in units of its learning rate (Liu et al. 2025, section 2.2)
@@ -52,7 +54,7 @@ class MuonAdamW(Optimizer):
         others: parameters outside the network.
 
     Raises:
-        ValueError: a setting is out of range, or the network has no hidden matrix.
+        UserError: a setting is out of range, or the network has no hidden matrix.
     """
 
     def __init__(
@@ -68,12 +70,12 @@ class MuonAdamW(Optimizer):
         others: Iterable[nn.Parameter] = (),
     ) -> None:
         if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+            raise UserError(f"momentum must lie in [0, 1), got {momentum}")
         if ns_steps < 1:
-            raise ValueError(f"ns_steps must be at least 1, got {ns_steps}")
+            raise UserError(f"ns_steps must be at least 1, got {ns_steps}")
         matrices = hidden_matrices(net)
         if not matrices:
-            raise ValueError(
+            raise UserError(
                 f"{type(net).__name__} has no hidden matrix for Muon, that is no Linear or Conv layer with at least "
                 f"{MIN_CHANNELS} channels on both sides: use AdamW, or a wider network"
             )
@@ -112,7 +114,7 @@ class MuonAdamW(Optimizer):
             gradient = torch.where(skip, momentum, gradient)
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        update = orthogonalise(update.to(_precision(update.device)), group["ns_steps"]).to(weight.dtype)
+        update = orthogonalize(update.to(_precision(update.device)), group["ns_steps"]).to(weight.dtype)
         size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(update.shape[1:]))
         moved = (weight * (1 - group["lr"] * group["weight_decay"])).sub_(update, alpha=size)
         if skip is not None:
@@ -128,7 +130,7 @@ class MuonAdamW(Optimizer):
         return state["momentum_buffer"]
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """The orthogonal factor U V^T of each matrix U S V^T, roughly: in place of S, values between 0.68 and 1.21.
 
     ``steps`` Newton-Schulz iterations on all matrices (n, rows, columns) at once, in their precision. The bounds are
@@ -165,7 +167,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return torch.stack([tensor.flatten(1) for tensor in tensors])
 
 
-def lay_out(optimizer: Optimizer) -> None:
+def match_state_strides(optimizer: Optimizer) -> None:
     """Give the optimiser's state the strides of its parameters, whose memory format may be new since it was saved."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

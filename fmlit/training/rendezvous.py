@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch.distributed import TCPStore
 
+from fmlit.core.errors import UserError
+
 _calls = itertools.count()
 _hosted: list[TCPStore] = []  # rank 0's stores: the process group goes on with the server, so it must stay alive
 
@@ -22,7 +24,7 @@ def agree(decide: Callable[[], str], timeout_s: float = 300.0) -> str:
     children from rank 0 after this call: they inherit an environment variable. All call this in the same order.
 
     Raises:
-        ValueError: ``decide`` failed on rank 0 (which raises the error itself), or this process has no rank 0.
+        UserError: ``decide`` failed on rank 0 (which raises the error itself), or this process has no rank 0.
         OSError: the processes do not find each other within ``timeout_s`` seconds.
     """
     call = next(_calls)
@@ -36,7 +38,7 @@ def agree(decide: Callable[[], str], timeout_s: float = 300.0) -> str:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[variable] = decide()
     elif variable not in os.environ:
-        raise ValueError(
+        raise UserError(
             f"LOCAL_RANK is {os.environ['LOCAL_RANK']}, but no process has decided for this one: start the script "
             f"once and let it launch the others, or use torchrun or srun"
         )
@@ -65,10 +67,10 @@ def find_meeting(alone: bool = False) -> Meeting | None:
             try:
                 slurm = SLURMEnvironment(auto_requeue=False)
             except RuntimeError as error:
-                raise ValueError(str(error)) from error
+                raise UserError(str(error)) from error
             meeting = Meeting(slurm.global_rank(), slurm.world_size(), slurm.main_address, slurm.main_port, False)
     if meeting is None and int(env.get("NODE_RANK", 0)) > 0 and "LOCAL_RANK" not in env:
-        raise ValueError(f"NODE_RANK is {env['NODE_RANK']}: to train on several nodes, launch with torchrun or srun")
+        raise UserError(f"NODE_RANK is {env['NODE_RANK']}: to train on several nodes, launch with torchrun or srun")
     return meeting if meeting is not None and (alone or meeting.world_size > 1) else None
 
 
@@ -111,7 +113,7 @@ def _listen(store: TCPStore, key: str, rank: int, timeout_s: float) -> str:
             f"rank {rank} heard nothing from rank 0 ({_first_line(error)}); look at what that says"
         ) from error
     if "error" in answer:
-        raise ValueError(f"rank 0: {answer['error']}")
+        raise UserError(f"rank 0: {answer['error']}")
     return answer["value"]
 
 

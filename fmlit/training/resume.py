@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fmlit.core.errors import UserError
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage import exports
 from fmlit.storage.checkpoints import load, newest_valid
@@ -38,7 +39,7 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
         required: there must be one. A requeued job may not have saved any yet, and starts at the beginning.
 
     Raises:
-        ValueError: there is none, or it is of another model; the message names the keys that differ.
+        UserError: there is none, or it is of another model; the message names the keys that differ.
     """
     checkpoints = folder / "checkpoints"
     if not required and not any(checkpoints.glob("*.ckpt")):
@@ -54,7 +55,7 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
     if not differences and states[0] and trained_by_muon != module.muon:
         differences.append(f"model.muon ({trained_by_muon} there, {module.muon} here)")
     if differences:
-        raise ValueError(
+        raise UserError(
             f"{_listed(differences)}: {path} holds another model; resume with the configuration in "
             f"{folder / 'config.yaml'}, or start a new run without --resume"
         )
@@ -72,7 +73,7 @@ def take_weights(path: str, module: GenerativeModule) -> None:
         module: what will be trained.
 
     Raises:
-        ValueError: there is no such model, it cannot be built, or its network is another one; the message names the
+        UserError: there is no such model, it cannot be built, or its network is another one; the message names the
             tensors that differ.
     """
     parts = describe(module.model)["init_args"]
@@ -80,11 +81,11 @@ def take_weights(path: str, module: GenerativeModule) -> None:
     try:
         found, model = _read(Path(path), trust)
     except (OSError, ValueError) as error:
-        raise ValueError(f"start_from: {error}") from error
+        raise UserError(f"start_from: {error}") from error
     weights, net = model.net.state_dict(), module.model.net
     differences = list(_differences(_shapes(weights), _shapes(net.state_dict())))
     if differences:
-        raise ValueError(
+        raise UserError(
             f"start_from: {_listed(differences)}: {found} holds another network; give model.net the arguments that it "
             f"was trained with, on data with as many classes, or start without it"
         )

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from fmlit.core.errors import UserError
+
 Decay = Literal["constant", "linear", "cosine"]
 
 
@@ -26,11 +28,11 @@ class RateSchedule:
     def __post_init__(self) -> None:
         if self.images < 1 or self.warmup_images < 0 or self.stable_images < 0:
             given = f"{self.images}, {self.warmup_images} and {self.stable_images}"
-            raise ValueError(f"images must be positive, warmup_images and stable_images not negative, got {given}")
+            raise UserError(f"images must be positive, warmup_images and stable_images not negative, got {given}")
         if self.decay not in get_args(Decay):
-            raise ValueError(f"unknown decay {self.decay!r}: choose from {', '.join(get_args(Decay))}")
+            raise UserError(f"unknown decay {self.decay!r}: choose from {', '.join(get_args(Decay))}")
         if self.decay != "constant" and self.stable_images and self.warmup_images + self.stable_images >= self.images:
-            raise ValueError(
+            raise UserError(
                 f"stable_images {self.stable_images:,} leaves nothing of the {self.images:,} images for the decay, "
                 f"after {self.warmup_images:,} for warm-up: scale it with the run length"
             )

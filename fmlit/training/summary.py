@@ -74,7 +74,7 @@ def summary(
 
 
 @contextlib.contextmanager
-def few_words() -> Iterator[None]:
+def quiet_logging() -> Iterator[None]:
     """Without Lightning's advice that does not hold here; other warnings take one line each."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

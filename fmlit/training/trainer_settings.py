@@ -13,6 +13,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from fmlit.core.errors import UserError
+
 NOTHING = nullcontext()
 COLLECTIVES = timedelta(minutes=10)  # a rank that has not answered by then is lost; Lightning waits for 30
 
@@ -36,7 +38,7 @@ def launched_processes(given: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_launch(world_size: int) -> None:
-    """Raise a ValueError if torchrun or srun started more processes than train together.
+    """Raise a UserError if torchrun or srun started more processes than train together.
 
     Lightning would let each train alone, all in the same folder.
     """
@@ -47,7 +49,7 @@ def check_launch(world_size: int) -> None:
     elif SLURMEnvironment.detect():
         started = int(environment["SLURM_NTASKS"])
     if started > 1 and started != world_size:
-        raise ValueError(
+        raise UserError(
             f"trainer.devices: {started} processes were started, but {world_size} would train together; set it to the "
             f"processes of a node, trainer.num_nodes to the number of nodes, and trainer.strategy to ddp"
         )
@@ -80,21 +82,21 @@ def best_precision(accelerator: Any) -> str:
 
 
 def check_launcher(trainer: pl.Trainer) -> None:
-    """Raise a ValueError for a strategy that trains in copies of this process, which would never hear of the run."""
+    """Raise a UserError for a strategy that trains in copies of this process, which would never hear of the run."""
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        raise ValueError("strategy ddp_spawn, ddp_fork and ddp_notebook train in copies of this process: use ddp")
+        raise UserError("strategy ddp_spawn, ddp_fork and ddp_notebook train in copies of this process: use ddp")
 
 
 def check_trainer(given: Mapping[str, Any]) -> None:
-    """Raise a ValueError for settings of a Trainer that no run can have."""
+    """Raise a UserError for settings of a Trainer that no run can have."""
     if given["max_steps"] < 1 and given["max_steps"] != -1:
-        raise ValueError(f"trainer.max_steps: at least 1, or -1 for all images, got {given['max_steps']}")
+        raise UserError(f"trainer.max_steps: at least 1, or -1 for all images, got {given['max_steps']}")
     if given["accumulate_grad_batches"] < 1:
-        raise ValueError(f"trainer.accumulate_grad_batches: at least 1, got {given['accumulate_grad_batches']}")
+        raise UserError(f"trainer.accumulate_grad_batches: at least 1, got {given['accumulate_grad_batches']}")
     if (given["gradient_clip_val"] or 0) < 0:  # which would turn gradients round
-        raise ValueError(f"trainer.gradient_clip_val: not negative, got {given['gradient_clip_val']}")
+        raise UserError(f"trainer.gradient_clip_val: not negative, got {given['gradient_clip_val']}")
     if given["precision"] in ("16-true", "bf16-true"):  # a step is often less than a weight's last digit
-        raise ValueError(f"trainer.precision: {given['precision']} keeps the weights in half precision: use bf16-mixed")
+        raise UserError(f"trainer.precision: {given['precision']} keeps the weights in half precision: use bf16-mixed")
 
 
 class _NoProfiler(PassThroughProfiler):

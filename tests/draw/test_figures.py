@@ -12,9 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from docs.draw import command, curves, images, memorisation, odes, oracle, picard, plane, sdes, solver_table, style
+from docs.draw import command, curves, images, memorization, odes, oracle, picard, plane, sdes, solver_table, style
 from docs.draw.command import figures
-from docs.draw.memorisation import real_digits, sample_exactly
+from docs.draw.memorization import real_digits, sample_exactly
 from docs.draw.solver_table import GRIDS, error_table, sliced_wasserstein
 from fmlit import solvers
 from fmlit.data import Checkerboard, Moons
@@ -149,36 +149,36 @@ def test_drawn_mixtures_are_the_data_sets_in_smooth(mixture, data, scale, centre
 def test_the_exact_field_of_the_digits_returns_training_points():
     digits = real_digits()
     assert digits.shape == (1797, 1, 8, 8)
-    found = memorisation.memorisation(sample_exactly(digits, 40), digits)
+    found = memorization.memorization(sample_exactly(digits, 40), digits)
     assert found.share > 0.9
-    assert found.verdict.startswith("memorisation")
+    assert found.verdict.startswith("memorization")
     assert len(found.nearest.unique()) > 30  # of many points, not of one
 
 
 def test_digits_that_were_not_trained_on_are_no_copies():
     digits = real_digits()
-    fresh = memorisation.memorisation(digits[1437:], digits[:1437])
-    shifted = memorisation.memorisation(digits[:200].roll(1, dims=3), digits)
+    fresh = memorization.memorization(digits[1437:], digits[:1437])
+    shifted = memorization.memorization(digits[:200].roll(1, dims=3), digits)
     for found in (fresh, shifted):
         assert found.share < 0.02
-        assert found.verdict.startswith("no memorisation")
+        assert found.verdict.startswith("no memorization")
 
 
 def test_a_copy_lies_within_a_third_of_the_second_distance():
     training = float64([0.0, 0.0], [4.0, 0.0], [100.0, 0.0])
     samples = float64([0.9, 0.0], [1.1, 0.0], [100.0, 1.0], [2.0, 0.0])
-    found = memorisation.memorisation(samples, training)
+    found = memorization.memorization(samples, training)
     assert found.copied.tolist() == [True, False, True, False]
     assert found.nearest[:3].tolist() == [0, 0, 2]
     assert torch.allclose(found.distances, float64(0.9, 1.1, 1.0, 2.0))
-    assert found.verdict == "no memorisation: 50% of the samples are copies"
+    assert found.verdict == "no memorization: 50% of the samples are copies"
 
 
 def test_the_picture_of_copies_states_both_verdicts():
-    figure = memorisation.digits_as_diracs(known_model(), n=20, shown=4)
+    figure = memorization.digits_as_diracs(known_model(), n=20, shown=4)
     titles = [panel.get_title() for panel in figure.axes]
     assert "\nmemorisation: 100%" in titles[0]
-    assert "\nno memorisation: 0%" in titles[1]
+    assert "\nno memorization: 0%" in titles[1]
 
 
 # The command

@@ -142,7 +142,7 @@ def test_bits_per_dimension_of_a_gaussian(path):
     told = scoring.bits_per_dimension(model, data, 6, seed=2, batch_size=6)
     dataset = data.dataset("test")
     chosen = np.random.default_rng(2).permutation(len(dataset))[:6]
-    z = likelihood.dequantise(dataset.batch(chosen.tolist())[0], training_generator(2, 0, "bpd")).double().flatten(1)
+    z = likelihood.dequantize(dataset.batch(chosen.tolist())[0], training_generator(2, 0, "bpd")).double().flatten(1)
     nats = -(z**2).sum(1) / (2 * STD**2) - 64 * math.log(STD * math.sqrt(2 * math.pi))
     bits = likelihood.bits_per_dimension(nats, (1, 8, 8))
     assert told["scores"]["bpd_6"] == pytest.approx(bits.mean().item(), abs=2e-3)
@@ -185,7 +185,7 @@ def test_copies_are_found_wherever_they_are():
 def test_neighbours_as_a_picture(checkpoint, options):
     evaluate(checkpoint, n=33, steps=Integers([3]), neighbours=4, **options)
     (path,) = Path(options["out"]).glob("neighbours-*.png")
-    assert Image.open(path).size == ((measurements.NEIGHBOURS + 1) * 50 + 2, 4 * 50 + 2)
+    assert Image.open(path).size == ((measurements.NEIGHBORS + 1) * 50 + 2, 4 * 50 + 2)
     record = json.loads((Path(options["out"]) / "results.jsonl").read_text())
     assert len(record["nearest"]) == 4
     assert min(record["nearest"]) > 0

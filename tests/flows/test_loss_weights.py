@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmlit.flows.loss_weights import TimeUncertainty
+from fmlit.flows.loss_weights import LearnedLossWeight
 from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath, VPPath
 
 PATHS = [CondOTPath(), CosinePath(), PolynomialPath(2.0), VPPath()]
@@ -12,8 +12,8 @@ every_path = pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).
 
 
 def trained_once():
-    """A TimeUncertainty that is not zero."""
-    uncertainty = TimeUncertainty(features=16)
+    """A LearnedLossWeight that is not zero."""
+    uncertainty = LearnedLossWeight(features=16)
     torch.manual_seed(3)
     nn.init.normal_(uncertainty.output.weight, std=0.3)
     nn.init.constant_(uncertainty.output.bias, 0.2)
@@ -22,7 +22,7 @@ def trained_once():
 
 def test_at_first_it_weighs_nothing():
     losses, t = torch.rand(5), torch.rand(5)
-    uncertainty = TimeUncertainty()
+    uncertainty = LearnedLossWeight()
     assert torch.equal(uncertainty(CondOTPath(), t), torch.zeros(5))
     assert torch.equal(uncertainty.weigh(losses, CondOTPath(), t), losses)
 
@@ -34,7 +34,7 @@ def test_what_is_learned_is_the_logarithm_of_the_mean_loss(path):
     def profile(t):
         return 2 - 5 * t + torch.exp(-((t - 0.4) ** 2) / 0.05)
 
-    uncertainty, generator = TimeUncertainty(), torch.Generator().manual_seed(0)
+    uncertainty, generator = LearnedLossWeight(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(uncertainty.parameters())
     steps = 800
     for step in range(steps):
@@ -89,7 +89,7 @@ def test_precision_does_not_touch_it():
 
 def test_a_state_dict_carries_all_of_it():
     saved = trained_once()
-    loaded = TimeUncertainty(features=16)
+    loaded = LearnedLossWeight(features=16)
     assert torch.equal(loaded.frequencies, saved.frequencies)  # whatever the state of the global generator
     assert torch.equal(loaded.phases, saved.phases)
     state = copy.deepcopy(saved.state_dict())
@@ -103,6 +103,6 @@ def test_a_state_dict_carries_all_of_it():
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match=r"features must be at least 1, got 0"):
-        TimeUncertainty(features=0)
+        LearnedLossWeight(features=0)
     with pytest.raises(ValueError, match=r"one loss per time is needed, got shapes \(4, 1\) and \(4,\)"):
-        TimeUncertainty().weigh(torch.ones(4, 1), CondOTPath(), torch.rand(4))
+        LearnedLossWeight().weigh(torch.ones(4, 1), CondOTPath(), torch.rand(4))

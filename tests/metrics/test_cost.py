@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 PICTURES = torch.randint(0, 256, (100, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-class Ranks:
+class ProcessGroup:
     """Three ranks, of which this one has found the least."""
 
     def gather_objects(self, value):
@@ -62,7 +62,7 @@ def test_each_figure_is_of_the_rank_that_it_is_largest_on(clock):
     meter = Meter(CPU)
     with meter.timing("distances"):
         clock.now += 7
-    found = meter.cost(500, Ranks())
+    found = meter.cost(500, ProcessGroup())
     assert found == Cost(500, seconds=9.0, features=2.0, distances=7.0, memory=3 * 10**9)
     assert str(found) == "18 s per 1,000 images, of which features 4 s; distances 7 s; peak memory 3.00 GB"
 

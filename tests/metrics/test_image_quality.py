@@ -15,8 +15,8 @@ from fmlit.metrics import (
     precision_recall,
     reference_statistics,
 )
-from fmlit.metrics.bottom_k import Reservoir, image_keys
-from fmlit.metrics.image_quality import quantised
+from fmlit.metrics.bottom_k import BottomKSample, image_keys
+from fmlit.metrics.image_quality import quantize
 
 
 def pictures(n: int, seed: int, top: int = 256, size: int = 4) -> Tensor:
@@ -94,7 +94,7 @@ def test_reservoir_is_a_uniform_sample_of_any_order():
     assert len(keys.unique()) == 1000
     drawn = []
     for order in (torch.arange(1000), torch.randperm(1000, generator=torch.Generator().manual_seed(0))):
-        reservoir = Reservoir(100)
+        reservoir = BottomKSample(100)
         for part in order.split(33):
             reservoir.update(keys[part], rows[part])
         drawn.append(reservoir.rows)
@@ -142,14 +142,14 @@ def test_what_is_no_image_is_refused_and_not_counted(tmp_path, images, message):
 def test_samples_of_another_range_are_warned_of_and_not_silently_clamped():
     g = torch.Generator().manual_seed(0)
     samples = 0.4 * torch.randn(4, 3, 16, 16, generator=g)  # all but a few within [-1, 1], as samples are
-    assert torch.equal(quantised(samples), to_uint8(samples))  # no warning: warnings are errors here
+    assert torch.equal(quantize(samples), to_uint8(samples))  # no warning: warnings are errors here
     for wrong in (127.5 * samples + 127.5, 5 * samples):
         with pytest.warns(UserWarning, match=r"more than 1% of the samples' values lie beyond \+-1\.5 and are clamped"):
-            assert torch.equal(quantised(wrong), to_uint8(wrong))
+            assert torch.equal(quantize(wrong), to_uint8(wrong))
     for bad in (torch.nan, torch.inf):
         samples[0, 0, 0, 0] = bad
         with pytest.raises(ValueError, match="hold NaN or infinite values"):
-            quantised(samples)
+            quantize(samples)
 
 
 def test_images_that_were_cast_before_they_were_scaled_are_warned_of(tmp_path):

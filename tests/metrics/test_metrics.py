@@ -19,7 +19,7 @@ from fmlit.metrics import (
     Protocol,
     frechet_distance,
     kernel_distance,
-    nearest_neighbours,
+    nearest_neighbors,
     precision_recall,
 )
 from fmlit.metrics.protocol import count_label, metric_key
@@ -206,14 +206,14 @@ def test_copies_lie_on_the_manifold_even_where_radii_are_zero():
 
 def test_nearest_neighbours_find_the_copy():
     members = draw(100, 12, offset=50.0)
-    found = nearest_neighbours(members[[7, 42]], members, k=3, chunk=1)
+    found = nearest_neighbors(members[[7, 42]], members, k=3, chunk=1)
     assert found.indices[:, 0].tolist() == [7, 42]
     assert found.distances[:, 0].tolist() == [0.0, 0.0]
     expected = torch.cdist(members[[7, 42]].double(), members.double()).topk(3, largest=False)
     torch.testing.assert_close(found.distances, expected.values, atol=1e-6, rtol=1e-6)
     assert torch.equal(found.indices, expected.indices)
     with pytest.raises(ValueError, match="between 1 and the number of members 100, got 101"):
-        nearest_neighbours(members, members, k=101)
+        nearest_neighbors(members, members, k=101)
 
 
 def test_protocol_reads_as_in_the_literature():

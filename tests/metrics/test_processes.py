@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fmlit.core.processes import Ranks
+from fmlit.core.processes import ProcessGroup
 from fmlit.metrics import GaussianStatistics, ImageQuality, PixelFeatures, reference_statistics
 
 N, BATCH = 1001, 64
@@ -37,7 +37,7 @@ def reference(cache: Path):
     return reference_statistics(Real(), "abc", PixelFeatures(), "train", cache, kept=50, batch_size=16)
 
 
-def score(ranks: Ranks, cache: Path, n: int = N) -> dict:
+def score(ranks: ProcessGroup, cache: Path, n: int = N) -> dict:
     """Whole batches of n generated images are dealt to ranks, as sampling does."""
     quality = ImageQuality(PixelFeatures(), reference(cache), ("fid", "kid", "precision", "recall"))
     for batch in pictures(n, 2).split(BATCH)[ranks.rank :: ranks.size]:
@@ -48,7 +48,7 @@ def score(ranks: Ranks, cache: Path, n: int = N) -> dict:
 
 def check(cache: Path) -> dict:
     """Everything that the processes are asked; runs on each of them."""
-    ranks = Ranks.current()
+    ranks = ProcessGroup.current()
     found = {"all": score(ranks, cache), "first": score(ranks, cache, n=BATCH)}  # the second: for rank 0 alone
     rows = torch.arange(3 * ranks.rank)[:, None] + 100 * ranks.rank  # 0, 3, 6 rows
     found["rows"] = ranks.gather_rows(rows if ranks.rank else torch.empty(0, 0, dtype=torch.int64)).flatten().tolist()
@@ -75,7 +75,11 @@ def worker(rank: int, size: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     cache = tmp_path_factory.mktemp("alone")
-    return {"all": score(Ranks(), cache), "first": score(Ranks(), cache, BATCH), "reference": reference(cache)}
+    return {
+        "all": score(ProcessGroup(), cache),
+        "first": score(ProcessGroup(), cache, BATCH),
+        "reference": reference(cache),
+    }
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -102,11 +106,11 @@ def test_processes_together_find_what_one_finds(size, alone, tmp_path):
 
 
 def test_one_process_exchanges_nothing():
-    ranks = Ranks.current()
+    ranks = ProcessGroup.current()
     assert (ranks.rank, ranks.size) == (0, 1)
     rows = torch.arange(6).reshape(3, 2)
     assert torch.equal(ranks.gather_rows(rows), rows)
     assert torch.equal(ranks.sum(rows), rows)
     assert ranks.from_first(lambda: 7) == 7
-    with pytest.raises(ZeroDivisionError), ranks.failing_together():
+    with pytest.raises(ZeroDivisionError), ranks.fail_together():
         1 / 0  # noqa: B018

@@ -9,7 +9,7 @@ from fmlit import solvers
 from fmlit.core.tensors import from_uint8
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath
-from fmlit.solvers.likelihood import LEVEL, bits_per_dimension, dequantise, log_likelihood, velocity_and_divergence
+from fmlit.solvers.likelihood import LEVEL, bits_per_dimension, dequantize, log_likelihood, velocity_and_divergence
 
 PATHS = [CondOTPath(), CosinePath(), PolynomialPath(2.0)]
 TIMES = torch.linspace(0, 1, 51, dtype=torch.float64)
@@ -142,11 +142,11 @@ def test_inference_mode_and_no_grad_give_the_same(divergence):
 
 def test_dequantised_levels_are_uniform_around_their_grey_value():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(100, 1, 16, 16)
-    values = dequantise(images, generator())
+    values = dequantize(images, generator())
     offsets = (values - from_uint8(images)).double() / LEVEL + 0.5
     assert stats.kstest(offsets.flatten().numpy(), "uniform").pvalue > 1e-3
     assert values.dtype == torch.float32
-    assert torch.equal(values, dequantise(images, generator()))
+    assert torch.equal(values, dequantize(images, generator()))
 
 
 def test_a_uniform_density_needs_eight_bits():
@@ -164,7 +164,7 @@ def test_bits_per_dimension_bound_those_of_the_grey_levels(std):
     images = ((values + 1) / LEVEL).round().clamp(0, 255).to(torch.uint8).reshape(n, 1, 1, 1)
     level = from_uint8(images).double()
     exact = -(law.cdf(level + LEVEL / 2) - law.cdf(level - LEVEL / 2)).log2().mean()
-    log_prob = torch.stack([law.log_prob(dequantise(images, generator(k)).double()) for k in range(20)]).flatten()
+    log_prob = torch.stack([law.log_prob(dequantize(images, generator(k)).double()) for k in range(20)]).flatten()
     bound = bits_per_dimension(log_prob, (1, 1, 1)).mean()
     assert bound > exact - 1e-3
     assert bound < exact + (1e-3 if std > 0.1 else 0.1)

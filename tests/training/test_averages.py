@@ -27,9 +27,9 @@ class Interrupting(ODESampler):
         super().__init__("euler", 4)
         self.interrupt = interrupt
 
-    def walk(self, *arguments, **settings):
+    def integrate(self, *arguments, **settings):
         self.interrupt()
-        return super().walk(*arguments, **settings)
+        return super().integrate(*arguments, **settings)
 
 
 class Seen(pl.Callback):

@@ -32,7 +32,7 @@ FAST = {
     "uncertainty": True,
     "channels_last": True,
     "prediction": PreconditionedVelocity(),
-    "time_law": LogitNormalTime(stratified=True),
+    "time_distribution": LogitNormalTime(stratified=True),
 }
 MODULES = {
     "flow matching": partial(digits_module, net=tiny_unet),

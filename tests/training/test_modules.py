@@ -10,7 +10,7 @@ from fmlit.data import Digits
 from fmlit.flows.couplings import Coupling, OptimalTransportCoupling
 from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath, VPPath
 from fmlit.flows.predictions import Noise, PreconditionedVelocity, Score, Velocity
-from fmlit.flows.times import LogitNormalTime, TimeLaw, UniformTime
+from fmlit.flows.times import LogitNormalTime, TimeDistribution, UniformTime
 from fmlit.storage import descriptions
 from fmlit.training.averages import EMA
 from fmlit.training.modules import FlowMatchingModule, GenerativeModule, ScoreMatchingModule
@@ -21,7 +21,7 @@ MODULES = [FlowMatchingModule, ScoreMatchingModule]
 each_module = pytest.mark.parametrize("make", MODULES)
 
 
-class Extreme(TimeLaw):
+class Extreme(TimeDistribution):
     """Both ends of the clock, which random times meet once in millions of draws."""
 
     stratified = False
@@ -87,7 +87,7 @@ def test_an_unconditional_module_shows_no_labels():
 @pytest.mark.parametrize("law", [UniformTime(), UniformTime(stratified=True), LogitNormalTime()], ids=repr)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_draws_are_global_and_ranks_take_slices(world_size, law):
-    module, labels = digits_module(time_law=law, label_drop=0.5), torch.arange(12) % 10
+    module, labels = digits_module(time_distribution=law, label_drop=0.5), torch.arange(12) % 10
     alone = rank_of(module)._draw(12, labels)
     share = 12 // world_size
     slices = [
@@ -146,7 +146,7 @@ def test_images_seen_counts_all_ranks():
 @pytest.mark.parametrize("path", PATHS, ids=repr)
 @pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
 def test_losses_are_finite_at_both_ends_of_the_clock(prediction, path, make):
-    module = rank_of(digits_module(make, path=path, prediction=prediction, time_law=Extreme()))
+    module = rank_of(digits_module(make, path=path, prediction=prediction, time_distribution=Extreme()))
     out = module.training_step(batch(16), 0)
     assert {t > 0.5 for t in out["times"].tolist()} == {False, True}
     assert torch.isfinite(out["losses"]).all()

@@ -30,7 +30,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert set(muon["params"]) == set(hidden_matrices(module.model.net))
     trained = {parameter for parameter in module.parameters() if parameter.requires_grad}
     assert set(adamw["params"]) | set(muon["params"]) == trained
-    assert set(module.uncertainty.output.parameters()) <= set(adamw["params"])
+    assert set(module.loss_weight.output.parameters()) <= set(adamw["params"])
     assert (adamw["betas"], adamw["lr"], muon["lr"], muon["weight_decay"]) == ((0.9, 0.95), 3e-4, 3e-4, 0.01)
 
 
@@ -55,7 +55,7 @@ def test_accumulated_batches_make_one_step(tmp_path):
 
 @pytest.mark.parametrize("u", [0.0, 0.7])
 def test_uncertainty_weighs_the_loss_and_not_what_is_reported(u, tmp_path):
-    plain, weighed = digits_module(), digits_module(uncertainty=True)
+    plain, weighed = digits_module(), digits_module(learned_loss_weight=True)
     reported, optimised = [], []
     for module in (plain, weighed):
         fit(module, tmp_path, 1)  # which attaches a trainer
@@ -88,7 +88,7 @@ def test_it_learns(tmp_path):
     adamw = loss()
     assert adamw < 1.2  # it starts at 2
     assert loss(muon=True) < 0.98 * adamw
-    assert loss(muon=True, uncertainty=True) < 0.98 * adamw
+    assert loss(muon=True, learned_loss_weight=True) < 0.98 * adamw
 
 
 def test_channels_last_trains_saves_and_exports(tmp_path):

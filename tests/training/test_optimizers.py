@@ -8,7 +8,7 @@ from torch import nn
 
 from fmlit.models.unet import UNet
 from fmlit.training import optimizers
-from fmlit.training.optimizers import MuonAdamW, hidden_matrices, orthogonalise
+from fmlit.training.optimizers import MuonAdamW, hidden_matrices, orthogonalize
 from tests.helpers.small_convnet import ConvNet, assert_same, backward
 
 
@@ -110,14 +110,14 @@ def test_newton_schulz_in_either_precision(dtype):
     matrices[2] *= 1e6
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     for given, factor in ((matrices, u @ v), (matrices.mT, (u @ v).mT)):
-        orthogonal = orthogonalise(given.to(dtype))
+        orthogonal = orthogonalize(given.to(dtype))
         assert orthogonal.dtype == dtype
         assert orthogonal.shape == given.shape
         values = torch.linalg.svdvals(orthogonal.double())
         assert values.min() > 0.6
         assert values.max() < 1.3
         assert (orthogonal.double() - factor).norm() < 0.3 * factor.norm()
-    assert not orthogonalise(torch.zeros(1, 20, 50, dtype=dtype)).any()
+    assert not orthogonalize(torch.zeros(1, 20, 50, dtype=dtype)).any()
 
 
 def test_a_kernel_moves_as_its_matrix_does():

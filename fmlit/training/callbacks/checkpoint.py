@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 from fmlit.data.data_module import DataModule
 from fmlit.storage.descriptions import describe
 from fmlit.training.callbacks.intervals import EveryImages
@@ -49,11 +50,11 @@ class Checkpoint(EveryImages):
     ) -> None:
         super().__init__(every)
         if keep < 1:
-            raise ValueError(f"checkpoint.keep must be at least 1, got {keep}")
+            raise UserError(f"checkpoint.keep must be at least 1, got {keep}")
         if on_error not in get_args(OnError):
-            raise ValueError(f"checkpoint.on_error must be one of {', '.join(get_args(OnError))}, got {on_error!r}")
+            raise UserError(f"checkpoint.on_error must be one of {', '.join(get_args(OnError))}, got {on_error!r}")
         if any(later <= earlier for earlier, later in itertools.pairwise((0, *milestones))):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint.milestones must be positive numbers of images, each larger than the one before, "
                 f"got {list(milestones)}"
             )
@@ -128,7 +129,7 @@ class Checkpoint(EveryImages):
             return
         started = time.perf_counter()
         module.guard.check()
-        with Ranks.current().failing_together():
+        with ProcessGroup.current().fail_together():
             self._save(trainer, _folder(trainer) / _milestone(module.images_seen))
         self.seconds += time.perf_counter() - started
 
@@ -147,7 +148,7 @@ def save(trainer: pl.Trainer, path: Path) -> str:
     except Exception as error:  # on rank 0, which writes, or on all
         failure = error
         trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait for it
-    problem = Ranks.current().from_first(lambda: "" if failure is None else str(failure) or repr(failure))
+    problem = ProcessGroup.current().from_first(lambda: "" if failure is None else str(failure) or repr(failure))
     if failure is not None and not (isinstance(failure, OSError) and trainer.is_global_zero):
         raise failure  # of what is to be saved, not of the disk; the other ranks hear of it when they are done
     return problem

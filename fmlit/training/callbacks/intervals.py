@@ -5,7 +5,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.samplers import Sampler
 from fmlit.training.averages import EMA
@@ -21,7 +22,7 @@ class EveryImages(pl.Callback):
 
     def __init__(self, every: int | None) -> None:
         if every is not None and every < 1:
-            raise ValueError(f"every must be a positive number of images, or null for never, got {every}")
+            raise UserError(f"every must be a positive number of images, or null for never, got {every}")
         self.every = every
         self.seconds = 0.0
         self._acted_at = 0
@@ -33,7 +34,7 @@ class EveryImages(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks, averages = trainer.callbacks, averages_of(trainer)  # type: ignore[attr-defined]
         if averages and callbacks.index(averages) > callbacks.index(self):
-            raise ValueError(f"list the EMA callback before {type(self).__name__}, which needs its averages up to date")
+            raise UserError(f"list the EMA callback before {type(self).__name__}, which needs its averages up to date")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, GenerativeModule)
@@ -59,7 +60,7 @@ class EveryImages(pl.Callback):
         started = time.perf_counter()
         self._acted_at = module.images_seen
         module.guard.check()  # nothing is drawn, scored or kept of a model that has come apart
-        with Ranks.current().failing_together():
+        with ProcessGroup.current().fail_together():
             self.act(trainer, module)
         self.seconds += time.perf_counter() - started
 
@@ -76,11 +77,11 @@ def sampled_model(trainer: pl.Trainer, module: GenerativeModule) -> GenerativeMo
 
 
 def check_sampler(sampler: Sampler, module: GenerativeModule, key: str) -> None:
-    """Raise a ValueError with the key, before training, where the sampler cannot sample from the module's model."""
+    """Raise a UserError with the key, before training, where the sampler cannot sample from the module's model."""
     try:
         sampler.check(module.model)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+        raise UserError(f"{key}: {error}") from error
 
 
 def log_metrics(trainer: pl.Trainer, module: GenerativeModule, metrics: dict[str, float]) -> None:

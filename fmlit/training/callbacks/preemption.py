@@ -13,7 +13,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 from fmlit.training.callbacks.checkpoint import Checkpoint
 from fmlit.training.modules import GenerativeModule
 
@@ -51,10 +52,10 @@ class Preemption(pl.Callback):
 
     def __init__(self, check_every: int = 10) -> None:
         if check_every < 1:
-            raise ValueError(f"preemption.check_every must be at least 1 step, got {check_every}")
+            raise UserError(f"preemption.check_every must be at least 1 step, got {check_every}")
         self.check_every = check_every
         self._received = 0
-        self._ranks: Ranks | None = None
+        self._ranks: ProcessGroup | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -79,10 +80,10 @@ class Preemption(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Before data are read, where one rank may fail and leave while others would still be connecting.
         if dist.is_available() and dist.is_initialized():
-            self._ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+            self._ranks = ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
             self._ranks.gather_objects(None)  # all are connected
         else:
-            self._ranks = Ranks()
+            self._ranks = ProcessGroup()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._install()  # again, in place of what Lightning has put there; it restores what it found

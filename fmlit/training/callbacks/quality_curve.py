@@ -8,11 +8,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.processes import ProcessGroup
 from fmlit.core.randomness import image_seeds
 from fmlit.data.stores import warn_of_uneven_classes
 from fmlit.metrics import Features, ImageQuality, PixelFeatures, Reference, reference_statistics
-from fmlit.metrics.image_quality import Metric, check_metrics, quantised
+from fmlit.metrics.image_quality import Metric, check_metrics, quantize
 from fmlit.sampling.generate import generate
 from fmlit.sampling.samplers import ODESampler, Sampler
 from fmlit.storage.checkpoints import load
@@ -58,9 +59,7 @@ class QualityCurve(EveryImages):
     ) -> None:
         super().__init__(every)
         if n < 2 or batch_size < 1:
-            raise ValueError(
-                f"quality.n must be at least 2 and quality.batch_size at least 1, got {n} and {batch_size}"
-            )
+            raise UserError(f"quality.n must be at least 2 and quality.batch_size at least 1, got {n} and {batch_size}")
         check_metrics(metrics, n)
         image_seeds(seed, [])  # fails now, rather than at the first score, where the seed is none
         self.n, self.features, self.metrics, self.sampler = n, features, tuple(metrics), sampler
@@ -76,9 +75,7 @@ class QualityCurve(EveryImages):
         if self.every is not None:
             check_sampler(self.sampler, pl_module, "quality.sampler")
             if len(pl_module.model.shape) != 3:
-                raise ValueError(
-                    "quality.every: these distances are of images, and the data are vectors; leave it null"
-                )
+                raise UserError("quality.every: these distances are of images, and the data are vectors; leave it null")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.every is None:
@@ -97,14 +94,14 @@ class QualityCurve(EveryImages):
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         assert self._reference is not None
         model = sampled_model(trainer, module)
-        ranks = Ranks.current()
+        ranks = ProcessGroup.current()
         size = min(self.batch_size, self.n)  # the last batch is padded
-        with torch.autocast(module.device.type, enabled=False), ranks.failing_together():
+        with torch.autocast(module.device.type, enabled=False), ranks.fail_together():
             quality = ImageQuality(self.features, self._reference, self.metrics)
             for _, samples in generate(
                 model, self.sampler, self.n, self.seed, size, rank=ranks.rank, world_size=ranks.size
             ):
-                quality.update(quantised(samples))
+                quality.update(quantize(samples))
         self.latest = ranks.from_first(quality.reduce().compute)
         log_metrics(trainer, module, self.latest)
         cost = quality.cost()
@@ -137,7 +134,7 @@ class QualityCurve(EveryImages):
             except (KeyError, OSError, TypeError, ValueError):  # damaged, or another program's
                 return None
 
-        found = Ranks.current().from_first(read)
+        found = ProcessGroup.current().from_first(read)
         if found and found.get("of") and self._is_better(found["best"], found["of"]):
             self.load_state_dict(found)
 

@@ -7,8 +7,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from fmlit.core.files import replacing
-from fmlit.core.processes import Ranks
+from fmlit.core.errors import UserError
+from fmlit.core.files import atomic_write
+from fmlit.core.processes import ProcessGroup
 from fmlit.core.randomness import image_seeds
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.drawing import draw_samples
@@ -42,7 +43,7 @@ class SampleGrid(EveryImages):
     ) -> None:
         super().__init__(every)
         if columns < 1:
-            raise ValueError(f"columns must be at least 1, got {columns}")
+            raise UserError(f"columns must be at least 1, got {columns}")
         image_seeds(seed, [])  # fails now, rather than at the first picture, where the seed is none
         self.sampler, self.columns, self.seed = sampler, columns, seed
         self.newest: Path | None = None
@@ -66,7 +67,7 @@ class SampleGrid(EveryImages):
         path = Path(trainer.default_root_dir) / "samples" / f"{module.images_seen:09d}.png"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 picture.save(file, "PNG")
             self.newest = path
         except OSError as error:  # whether a full disk ends the run, checkpoints say
@@ -79,8 +80,8 @@ class SampleGrid(EveryImages):
 
     def _draw(self, model: GenerativeModel, count: int, labels: Tensor | None) -> Tensor:
         """Samples 0 ... count - 1 in their order, on every rank."""
-        ranks, size = Ranks.current(), -(-count // BATCHES)
-        with ranks.failing_together():
+        ranks, size = ProcessGroup.current(), -(-count // BATCHES)
+        with ranks.fail_together():
             shares = generate(model, self.sampler, count, self.seed, size, labels, ranks.rank, ranks.size)
             drawn = [(torch.tensor(indices), samples) for indices, samples in shares]
         nothing = torch.zeros(0, *model.shape, device=model.device)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.training.callbacks.intervals import EveryImages, log_metrics
 from fmlit.training.modules import GenerativeModule
 
@@ -28,7 +29,7 @@ class TrainingLog(pl.Callback):
 
     def __init__(self, bins: int = 5) -> None:
         if bins < 1:
-            raise ValueError(f"bins must be at least 1, got {bins}")
+            raise UserError(f"bins must be at least 1, got {bins}")
         self.bins = bins
         self.latest: dict[str, float] = {}
         self._sums: Tensor | None = None
@@ -114,7 +115,7 @@ class ProgressBar(RichProgressBar):
     def __init__(self, lines: int = 20) -> None:
         super().__init__()
         if lines < 1:
-            raise ValueError(f"lines must be at least 1, got {lines}")
+            raise UserError(f"lines must be at least 1, got {lines}")
         self.lines = lines
         self._printed = 0
         self._screen = sys.stdout.isatty()

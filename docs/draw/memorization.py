@@ -13,7 +13,7 @@ from fmlit.core.randomness import image_seeds
 from fmlit.core.tensors import from_uint8
 from fmlit.data.digits import Digits
 from fmlit.flows.mixtures import GaussianMixture
-from fmlit.metrics.precision_recall import nearest_neighbours
+from fmlit.metrics.precision_recall import nearest_neighbors
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.generate import balanced_labels
 from fmlit.sampling.samplers import ODESampler
@@ -29,7 +29,7 @@ class Memorisation(NamedTuple):
     copied: Tensor
 
     @property
-    def share(self) -> float:
+    def rank_slice(self) -> float:
         """Share of samples that are copies."""
         return self.copied.double().mean().item()
 
@@ -37,17 +37,17 @@ class Memorisation(NamedTuple):
     def verdict(self) -> str:
         """The finding in words."""
         return (
-            f"{'memorisation' if self.share > 0.5 else 'no memorisation'}: {self.share:.0%} of the samples are copies"
+            f"{'memorization' if self.share > 0.5 else 'no memorization'}: {self.share:.0%} of the samples are copies"
         )
 
 
-def memorisation(samples: Tensor, training: Tensor) -> Memorisation:
+def memorization(samples: Tensor, training: Tensor) -> Memorisation:
     """Compare samples (n, *shape) with distinct training items (m, *shape), by Euclidean distance.
 
     A sample is called a copy if it lies closer to its nearest training item than a third of the distance to the second
     nearest (Yoon et al. 2023; Gu et al. 2023): no threshold in the units of the data.
     """
-    distances, nearest = nearest_neighbours(samples.flatten(1), training.flatten(1), k=2)
+    distances, nearest = nearest_neighbors(samples.flatten(1), training.flatten(1), k=2)
     return Memorisation(nearest[:, 0], distances[:, 0], distances[:, 0] < COPY * distances[:, 1])
 
 
@@ -82,5 +82,5 @@ def digits_as_diracs(model: GenerativeModel | None = None, n: int = 500, shown: 
         compared["trained network"] = trained
     figure, axes = style.panels(len(compared), 1, (9.6, 1.0 + 1.2 * len(compared)))
     for (title, samples), panel in zip(compared.items(), axes[:, 0], strict=True):
-        _pairs(panel, samples, digits, memorisation(samples, digits), f"{title}, {n} samples", shown)
+        _pairs(panel, samples, digits, memorization(samples, digits), f"{title}, {n} samples", shown)
     return figure
