@@ -143,7 +143,7 @@ class ImageQuality:
         """All scores of the images seen; without communication.
 
         Raises:
-            UserError: fewer than 2 images were seen, or too few for the neighbours of precision and recall.
+            UserError: fewer than 2 images were seen, or too few for the neighbors of precision and recall.
         """
         if self.count < 2:
             raise UserError(f"image quality needs at least 2 generated images, got {self.count}")

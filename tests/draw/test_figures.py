@@ -143,7 +143,7 @@ def test_drawn_mixtures_are_the_data_sets_in_smooth(mixture, data, scale, centre
     assert sliced_wasserstein(samples, 1.2 * points) > 0.15
 
 
-# Memorisation
+# Memorization
 
 
 def test_the_exact_field_of_the_digits_returns_training_points():
@@ -177,7 +177,7 @@ def test_a_copy_lies_within_a_third_of_the_second_distance():
 def test_the_picture_of_copies_states_both_verdicts():
     figure = memorization.digits_as_diracs(known_model(), n=20, shown=4)
     titles = [panel.get_title() for panel in figure.axes]
-    assert "\nmemorisation: 100%" in titles[0]
+    assert "\nmemorization: 100%" in titles[0]
     assert "\nno memorization: 0%" in titles[1]
 
 

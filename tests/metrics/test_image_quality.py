@@ -1,5 +1,7 @@
 """All metrics of a stream: the right numbers under the right names, and no number for the wrong input."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from fmlit.metrics import (
 )
 from fmlit.metrics.bottom_k import BottomKSample, image_keys
 from fmlit.metrics.image_quality import quantize
+from fmlit.metrics.reference import KEPT
 
 
 def pictures(n: int, seed: int, top: int = 256, size: int = 4) -> Tensor:
@@ -24,9 +27,10 @@ def pictures(n: int, seed: int, top: int = 256, size: int = 4) -> Tensor:
     return torch.randint(0, top, (n, 1, size, size), dtype=torch.uint8, generator=g)
 
 
-def reference_of(images: Tensor, cache, features=None, split: str = "train", **options):
+def reference_of(images: Tensor, cache, features=None, split: str = "train", kept: int = KEPT, **options):
     dataset = [(image, 0) for image in images]
-    return reference_statistics(dataset, f"{images.sum()}", features or PixelFeatures(), split, cache, **options)
+    with mock.patch("fmlit.metrics.reference.KEPT", kept):
+        return reference_statistics(dataset, f"{images.sum()}", features or PixelFeatures(), split, cache, **options)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
