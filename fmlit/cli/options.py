@@ -64,10 +64,8 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str]) -> N
     fields of that class: they are options beside the others. ``--save-images`` is the same as ``--save_images``, and a
     switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing.
     """
-    parameters = list(inspect.signature(command).parameters.values())
+    parameters = inspect.signature(command).parameters.values()
     groups: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
-    for group in groups.values():
-        parameters += inspect.signature(group).parameters.values()
     with errors.one_line_errors(), warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes all that it is given
         parser = Parser(
@@ -79,13 +77,22 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str]) -> N
         parser.add_function_arguments(command, as_group=False, skip=set(groups), sub_configs=True)
         for group in groups.values():
             parser.add_class_arguments(group, sub_configs=True)
-        options = vars(parser.instantiate(parser.parse_args(_normalised(args, parameters))))
+        options = vars(parser.instantiate(parser.parse_args(_normalised(args, options_of(command)))))
         del options["config"]
         for name, group in groups.items():
             options[name] = group(**{field.name: options.pop(field.name) for field in fields(group)})
         summary = command(**options)
         if summary is not None:
             print(json.dumps(summary), flush=True)
+
+
+def options_of(command: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The options of a command: its parameters, and in place of dataclasses their fields."""
+    options: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        kind: Any = parameter.annotation
+        options += options_of(kind) if is_dataclass(kind) else [parameter]
+    return options
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

@@ -164,8 +164,8 @@ def reference_statistics(
 ) -> Reference:
     """The statistics of all images of a data set, from the cache or computed by all ranks together; equal on each.
 
-    Fixed batches are dealt to the ranks, so that the result does not depend on their number. A cache that cannot be
-    written costs only a warning, and one that can only be read is read. The features of ``KEPT`` random images are kept.
+    Fixed batches are dealt to the ranks, so that the result does not depend on their number. The features of
+    ``KEPT`` random images are kept. A cache that cannot be written costs only a warning.
 
     Args:
         dataset: map-style, of (uint8 image (C, H, W), label), without random augmentation.

@@ -92,16 +92,16 @@ def test_scores_do_not_depend_on_order_or_batches(tmp_path):
     assert other.digest != results[0][0]
 
 
-def test_reservoir_is_a_uniform_sample_of_any_order():
+def test_a_bottom_k_sample_is_a_uniform_sample_of_any_order():
     images = pictures(1000, 3)
     keys, rows = image_keys(images), torch.arange(1000.0)[:, None]
     assert len(keys.unique()) == 1000
     drawn = []
     for order in (torch.arange(1000), torch.randperm(1000, generator=torch.Generator().manual_seed(0))):
-        reservoir = BottomKSample(100)
+        sample = BottomKSample(100)
         for part in order.split(33):
-            reservoir.update(keys[part], rows[part])
-        drawn.append(reservoir.rows)
+            sample.update(keys[part], rows[part])
+        drawn.append(sample.rows)
     assert torch.equal(*drawn)
     counts = torch.histc(drawn[0], bins=4, min=0, max=1000)
     assert ((counts - 25).square() / 25).sum() < 16.3  # chi squared with 3 degrees of freedom, p = 0.001
