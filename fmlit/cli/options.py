@@ -64,8 +64,7 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str]) -> N
     fields of that class: they are options beside the others. ``--save-images`` is the same as ``--save_images``, and a
     switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing.
     """
-    parameters = inspect.signature(command).parameters.values()
-    groups: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
+    groups = _groups(command)
     with errors.one_line_errors(), warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes all that it is given
         parser = Parser(
@@ -87,12 +86,16 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str]) -> N
 
 
 def options_of(command: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The options of a command: its parameters, and in place of dataclasses their fields."""
-    options: list[inspect.Parameter] = []
-    for parameter in inspect.signature(command).parameters.values():
-        kind: Any = parameter.annotation
-        options += options_of(kind) if is_dataclass(kind) else [parameter]
-    return options
+    """The options of a command: its parameters, and in place of a dataclass the fields of that."""
+    groups = _groups(command)
+    parameters = inspect.signature(command).parameters.values()
+    return [option for p in parameters for option in (options_of(groups[p.name]) if p.name in groups else [p])]
+
+
+def _groups(command: Callable[..., Any]) -> dict[str, Any]:
+    """The dataclasses among the types of a command's parameters, by the parameter's name."""
+    parameters = inspect.signature(command).parameters.values()
+    return {parameter.name: parameter.annotation for parameter in parameters if is_dataclass(parameter.annotation)}
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
