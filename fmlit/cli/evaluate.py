@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fmlit.cli.options import Integers, Names, Numbers, build_sampler, load_guide
-from fmlit.cli.scoring_options import ScoringOptions, check_metrics
+from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.errors import UserError
 from fmlit.evaluation.measurements import LikelihoodMeasurement, SampleMeasurement, ScoredModel
 from fmlit.evaluation.reports import report
@@ -98,7 +98,8 @@ def evaluate(
         The summary; None on every rank but the first.
     """
     file = find_checkpoint(checkpoint)
-    check_metrics(metrics, METRICS)
+    if unknown := [metric for metric in metrics if metric not in METRICS]:
+        raise UserError(f"unknown metric {unknown[0]!r}: choose from {', '.join(METRICS)}")
     draws = set(metrics) != {"bpd"}
     if not draws and sweep.changed:
         raise UserError(f"--{sweep.changed[0]} has no meaning with --metrics bpd, which draws no samples: leave it out")

@@ -1,16 +1,16 @@
 """``score``: scores of anybody's pictures."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from fmlit.cli.options import Names
-from fmlit.cli.scoring_options import ScoringOptions, check_metrics
+from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.errors import UserError
 from fmlit.evaluation.measurements import ImageMeasurement
 from fmlit.evaluation.reports import report
 from fmlit.evaluation.results import Results
 from fmlit.evaluation.scoring import MODEL_METRICS
-from fmlit.metrics.image_quality import Metric
+from fmlit.metrics.image_quality import check_metrics
 from fmlit.storage.run_folder import find_checkpoint
 
 
@@ -38,9 +38,9 @@ def score(
     Returns:
         The summary; None on every rank but the first.
     """
-    for metric in set(metrics) & set(MODEL_METRICS):
-        raise UserError(f"metric {metric} asks a model, and pictures come without one: evaluate measures it")
-    check_metrics(metrics, get_args(Metric))
+    if of_models := [metric for metric in metrics if metric in MODEL_METRICS]:
+        raise UserError(f"metric {of_models[0]} asks a model, and pictures come without one: evaluate measures it")
+    check_metrics(metrics)
     file = None if checkpoint is None else find_checkpoint(checkpoint)
     with scoring.scorer(metrics, file) as scorer:
         return report(Results(Path(out)), [ImageMeasurement(scorer, images)], scorer.ranks, wandb)

@@ -60,10 +60,3 @@ class ScoringOptions:
             ranks.from_first(data.prepare_data)
             features = choose_features(self.features, data.shape)
             yield Scorer(data, metrics, features, self.splits, self.flip, self.cache, self.batch_size, device, ranks)
-
-
-def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
-    """Raise a UserError for a metric that a command does not know."""
-    for metric in metrics:
-        if metric not in known:
-            raise UserError(f"unknown metric {metric!r}: choose from {', '.join(known)}")

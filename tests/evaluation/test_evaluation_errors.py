@@ -105,7 +105,7 @@ def test_contradictions_are_named_in_one_line(checkpoint, tmp_path, monkeypatch,
     [
         (score, "--images x --guidance 2", "guidance: no such option"),
         (score, "--images x --metrics fid,class", "metric class asks a model, and pictures come without one"),
-        (score, "--images x --metrics fid,is", "unknown metric 'is': choose from fid, kid, precision, recall"),
+        (score, "--images x --metrics fid,fit", "unknown metric 'fit': choose from fid, kid, precision, recall"),
         (score, "--images nowhere", "there is no folder nowhere"),
         (score, "--images nowhere.npz", "No such file or directory: 'nowhere.npz'"),
         (score, "", "images: required, and not given"),
