@@ -143,7 +143,7 @@ def test_drawn_mixtures_are_the_data_sets_in_smooth(mixture, data, scale, centre
     assert sliced_wasserstein(samples, 1.2 * points) > 0.15
 
 
-# Memorisation
+# Memorization
 
 
 def test_the_exact_field_of_the_digits_returns_training_points():
