@@ -27,7 +27,7 @@ CLONE = Path(fmlit.__file__).parent.parent
 NETS = {"cifar10": "cifar10_flow.yaml", "small": "quickstart.yaml"}
 # What is no part of a training step, and what the other loops do not do.
 OFF = ("--samples.every=null", "--quality.every=null", "--checkpoint.every=null", "--trainer.logger=false")
-PLAIN = ("--model.init_args.muon=false", "--model.init_args.uncertainty=false")
+PLAIN = ("--model.init_args.muon=false", "--model.init_args.learned_loss_weight=false")
 
 
 def recipe(net: str) -> Path:

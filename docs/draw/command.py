@@ -13,8 +13,7 @@ from fmlit.cli.options import Names
 from fmlit.core.files import new_file
 from fmlit.flows.paths import CondOTPath, VPPath
 from fmlit.models.generative_model import GenerativeModel
-from fmlit.storage.loading import load_model
-from fmlit.storage.run_folder import find_checkpoint
+from fmlit.storage.loading import find_model, load
 
 EXACT: dict[str, Callable[[], Figure]] = {
     "trajectory_field_ode": odes.trajectory_field_ode,
@@ -59,7 +58,7 @@ def figures(
         raise ValueError("only, table and curves_of are three tasks: give one of them")
     if curves_of is not None:
         return _draw_curves(curves_of, Path(out))
-    source = None if checkpoint is None else find_checkpoint(checkpoint)
+    source = None if checkpoint is None else find_model(checkpoint, "checkpoint")
     if table is not None:
         return _write_table(new_file(table, ".md"), source)
     drawable = [name for name in PICTURES if source is not None or Path(name).stem not in TRAINED]
@@ -69,7 +68,7 @@ def figures(
             raise ValueError(f"only: there is no picture {name}; choose from {', '.join(PICTURES)}")
         if name not in drawable:
             raise ValueError(f"only: {name} shows a trained model; give --checkpoint")
-    model = None if source is None else load_model(source)
+    model = None if source is None else load(source)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for name in chosen:
@@ -113,7 +112,7 @@ def _write_table(file: Path, checkpoint: Path | None) -> dict[str, Any]:
         for title, path in exact.items()
     ]
     if checkpoint is not None:
-        model = load_model(checkpoint)
+        model = load(checkpoint)
         title = f"A trained network: {type(model.net).__name__} for data of shape {model.shape}"
         tables.append(solver_table.error_table(model, title, n=400, report=report))  # a network is slow
     file.write_text(solver_table.page(tables), encoding="utf-8")

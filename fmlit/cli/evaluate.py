@@ -1,4 +1,4 @@
-"""``scripts/evaluate.py``: scores of a checkpoint over a sweep of samplers, or of anybody's pictures."""
+"""``fmlit evaluate``: scores of a model over a sweep of samplers, or of anybody's pictures."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ from fmlit.metrics import Features
 from fmlit.models.compilation import CompileMode, compile_net
 from fmlit.sampling.grids import Grid
 from fmlit.sampling.samplers import Precision
-from fmlit.storage.loading import load_model, training_data
-from fmlit.storage.run_folder import find_checkpoint, folder_of_run
+from fmlit.storage.loading import find_model, load, training_data, weights_of
+from fmlit.storage.run_folder import folder_of_run
 
 
 def evaluate(
@@ -59,7 +59,7 @@ def evaluate(
     processes share the work, and the images are the same for any number of them. The last line of output is JSON.
 
     Args:
-        checkpoint: A checkpoint, or the folder of a run.
+        checkpoint: A checkpoint, the folder of a run, or an exported folder (which needs --data).
         images: A folder of pictures or an .npz (arr_0, uint8, N x H x W x C) to score instead of samples.
         reference_only: Only compute and cache the statistics of the real images.
         data: The real images; by default those that the checkpoint was trained on.
@@ -105,7 +105,7 @@ def evaluate(
     elif set(chosen) == {"bpd"}:
         _refuse("metrics bpd, which draws no samples", sampling)
 
-    file = None if checkpoint is None else find_checkpoint(checkpoint)
+    file = None if checkpoint is None else find_model(checkpoint, "checkpoint")
     where = choose_device(device)
     with processes(where) as ranks:
         data = data or training_data(file, trust)
@@ -124,14 +124,15 @@ def evaluate(
             cells = [images_cell(scorer, images)]
         else:
             assert file is not None
-            loaded = load_model(file, weights or "ema", trust, where).requires_grad_(False)
+            used = weights_of(file, weights or "ema")
+            loaded = load(file, used, trust, where).requires_grad_(False)
             if loaded.num_classes is not None and scorer.distances:
                 warn_of_uneven_classes(data.dataset(scorer.splits[0]))  # type: ignore[arg-type]  # it checks
             weaker = load_guide(guide, trust, where)
             for part in (loaded, weaker):
                 if compile and part:
                     compile_net(part.requires_grad_(False).net, compile)
-            of_model = ModelCells(loaded, weights or "ema", scorer, 5000 if n is None else n, seed or 0, weaker)
+            of_model = ModelCells(loaded, used, scorer, 5000 if n is None else n, seed or 0, weaker)
             solvers = [] if set(chosen) == {"bpd"} else solver or ["heun"]
             sweep = itertools.product(solvers, steps or [None], guidance or [1.0])
             samplers = [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+import fmlit
 from fmlit import solvers
 from fmlit.cli.export import export as export_command
 from fmlit.cli.options import run
@@ -20,7 +21,6 @@ from fmlit.flows.predictions import Noise, PreconditionedVelocity, Prediction, V
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.models.unet import UNet
 from fmlit.storage import exports
-from fmlit.storage.loading import load_model
 from tests.helpers.known_model import known_model, save_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export.py"
@@ -59,7 +59,7 @@ def test_the_script_writes_a_folder_that_both_libraries_load(checkpoint, tmp_pat
     assert all(path.stat().st_mode & stat.S_IRGRP for path in out.rglob("*"))
 
     x, t, labels = points
-    original = load_model(f"{checkpoint}/checkpoints/last.ckpt")
+    original = fmlit.load(f"{checkpoint}/checkpoints/last.ckpt")
     loaded = exports.load(out)
     assert not loaded.training
     assert torch.equal(loaded.velocity(x, t, labels), original.velocity(x, t, labels))
