@@ -19,8 +19,8 @@ def names() -> list[str]:
 def find_recipe(name: str) -> Path:
     """The file that ``--config NAME`` stands for.
 
-    It is the first of these that exists: the file ``NAME``, the file ``NAME.yaml``, and the recipe of that name (with or
-    without ``.yaml``) that comes with fmlit.
+    It is the first of these that exists: the file ``NAME``, the file ``NAME.yaml``, and the recipe of that name that
+    comes with fmlit, where ``.yaml`` may be left out too.
 
     Raises:
         UserError: there is none. The message suggests a name that is close.
