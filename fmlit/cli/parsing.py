@@ -117,6 +117,8 @@ def check_arguments(args: Sequence[str]) -> None:
     for key in given:
         if key in LINKS:
             raise UserError(f"{key}: takes its value from {LINKS[key]}; leave it out")
+        if key.startswith("quality.sampler.") and not {"quality.sampler", "quality.sampler.help"} & set(given):
+            raise UserError(f"{key}: scores use samples.sampler, unless --quality.sampler names a class, as ODESampler")
 
 
 def check_network(config: Mapping[str, Any]) -> None:

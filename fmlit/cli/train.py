@@ -168,6 +168,8 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except errors.USER_ERRORS as error:
             raise UserError(errors.blame(error, self.config.as_dict(), PARTS)) from error
+        if self.config["quality"]["sampler"] is None:
+            self.config_init["quality"].sampler = self.config_init["samples"].sampler
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         resume, self.config["resume"] = self.config["resume"], False  # config.yaml starts a run of its own
