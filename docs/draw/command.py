@@ -7,10 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from docs.draw import curves, images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
+from docs.draw import images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
 from docs.draw.oracle import checkerboard, exact_model
 from fmlit.cli.options import Names
+from fmlit.core.errors import UserError
 from fmlit.core.files import new_file
+from fmlit.evaluation.curves import read_metrics, training_curves
 from fmlit.flows.paths import CondOTPath, VPPath
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.loading import find_model, load
@@ -91,13 +93,13 @@ def draw(name: str, folder: Path, model: GenerativeModel | None = None) -> None:
 
 def _draw_curves(runs: Names, folder: Path) -> dict[str, Any]:
     """``loss.png`` in the folder: a panel for each run."""
-    files = {Path(run).name: Path(run) / "metrics.csv" for run in runs}
-    for file in files.values():
-        if not file.is_file():
-            raise ValueError(f"curves_of: there is no {file}; give folders of runs, such as runs/quickstart")
+    try:
+        metrics = {Path(run).name: read_metrics(Path(run) / "metrics.csv") for run in runs}
+    except UserError as error:
+        raise UserError(f"curves_of: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "loss.png"
-    style.save_png(curves.training_curves({name: curves.read_metrics(file) for name, file in files.items()}), picture)
+    style.save_png(style.styled(training_curves)(metrics, style.TIME), picture)
     return {"picture": str(picture), "runs": list(runs)}
 
 
