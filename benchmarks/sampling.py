@@ -8,11 +8,11 @@ from benchmarks.outcome import Outcome, Report
 from benchmarks.rounds import now, rates, run_rounds
 from benchmarks.training import built
 from benchmarks.workload import Setup
-from docs.draw.solver_table import affordable_steps
 from fmlit.cli.options import build_sampler
 from fmlit.core.randomness import image_seeds
 from fmlit.models.compilation import compile_net
 from fmlit.models.generative_model import GenerativeModel
+from fmlit.sampling.budget import affordable_steps
 from fmlit.sampling.generate import balanced_labels
 from fmlit.sampling.grids import UniformGrid
 from fmlit.sampling.samplers import ODEMethod, Precision, Sampler, SDEMethod

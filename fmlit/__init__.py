@@ -28,6 +28,7 @@ _HOMES = {  # defining module: its public names
     "fmlit.data.image_folder": "ImageFolder",
     "fmlit.data.mnist": "MNIST",
     "fmlit.data.toys": "Checkerboard Moons TwoPoints",
+    "fmlit.storage.loading": "load",
     "fmlit.metrics.dinov2": "DINOv2Features",
     "fmlit.metrics.features": "Features NetworkFeatures PixelFeatures",
     "fmlit.metrics.inception": "InceptionFeatures",
@@ -101,6 +102,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fmlit.sampling.samplers import SDESampler as SDESampler
     from fmlit.solvers.likelihood import bits_per_dimension as bits_per_dimension
     from fmlit.solvers.likelihood import log_likelihood as log_likelihood
+    from fmlit.storage.loading import load as load
     from fmlit.training.loggers import WandbLogger as WandbLogger
     from fmlit.training.modules import FlowMatchingModule as FlowMatchingModule
     from fmlit.training.modules import GenerativeModule as GenerativeModule

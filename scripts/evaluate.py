@@ -1,9 +1,8 @@
-"""Score a model: ``python scripts/evaluate.py --checkpoint runs/NAME [--n 50000 ...]``; see ``--help``."""
+"""Score a model: the same as ``fmlit evaluate``; see ``--help``."""
 
 import sys
 
-from fmlit.cli.evaluate import evaluate
-from fmlit.cli.options import run
+from fmlit.cli.main import main
 
 if __name__ == "__main__":
-    run(evaluate, sys.argv[1:])
+    main(["evaluate", *sys.argv[1:]])

@@ -1,9 +1,8 @@
-"""Export a model: ``python scripts/export.py --checkpoint runs/NAME [--out FOLDER ...]``; see ``--help``."""
+"""Export a model: the same as ``fmlit export``; see ``--help``."""
 
 import sys
 
-from fmlit.cli.export import export
-from fmlit.cli.options import run
+from fmlit.cli.main import main
 
 if __name__ == "__main__":
-    run(export, sys.argv[1:])
+    main(["export", *sys.argv[1:]])

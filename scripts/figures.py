@@ -1,6 +1,9 @@
-"""Draw the pictures of docs/course.md: ``python scripts/figures.py [--checkpoint runs/quickstart]``; see ``--help``."""
+"""Draw the pictures of docs/course.md, from a clone; see ``--help``."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the clone, which alone holds docs/draw
 
 from docs.draw.command import figures
 from fmlit.cli.options import run

@@ -1,9 +1,8 @@
-"""Compute statistics of real images: ``python scripts/reference.py --data CIFAR10 [...]``; see ``--help``."""
+"""Compute and cache the statistics of real images: the same as ``fmlit reference``; see ``--help``."""
 
 import sys
 
-from fmlit.cli.options import run
-from fmlit.cli.reference import reference
+from fmlit.cli.main import main
 
 if __name__ == "__main__":
-    run(reference, sys.argv[1:])
+    main(["reference", *sys.argv[1:]])

@@ -1,9 +1,8 @@
-"""Draw samples: ``python scripts/sample.py --checkpoint runs/NAME [--n 100 --labels 3,7 ...]``; see ``--help``."""
+"""Draw samples: the same as ``fmlit sample``; see ``--help``."""
 
 import sys
 
-from fmlit.cli.options import run
-from fmlit.cli.sample import sample
+from fmlit.cli.main import main
 
 if __name__ == "__main__":
-    run(sample, sys.argv[1:])
+    main(["sample", *sys.argv[1:]])

@@ -1,9 +1,8 @@
-"""Score anybody's pictures: ``python scripts/score.py --images FOLDER --data CIFAR10 [...]``; see ``--help``."""
+"""Score anybody's pictures: the same as ``fmlit score``; see ``--help``."""
 
 import sys
 
-from fmlit.cli.options import run
-from fmlit.cli.score import score
+from fmlit.cli.main import main
 
 if __name__ == "__main__":
-    run(score, sys.argv[1:])
+    main(["score", *sys.argv[1:]])

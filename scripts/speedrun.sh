@@ -30,7 +30,7 @@ if [ -n "${REHEARSE:-}" ]; then
   recipe+=(--model.net.channels 16 --model.net.multipliers "[1,2]" --model.net.blocks 1 --model.net.head_channels 16)
   recipe+=(--model.compile null --data.batch_size 16 --images 320 --model.warmup_images 32 --model.stable_images 96)
   recipe+=(--ema.half_lives "[32,64]" --checkpoint.every 64 --checkpoint.milestones "[32,64]" --samples.every 160)
-  recipe+=(--samples.columns 2 --samples.sampler.steps 2 --quality.sampler.steps 2 --trainer.log_every_n_steps 5)
+  recipe+=(--samples.columns 2 --samples.sampler.steps 2 --trainer.log_every_n_steps 5)
   recipe+=(--quality.every 160 --quality.n 10 --quality.batch_size 10 --quality.features fmlit.PixelFeatures)
 fi
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from docs.draw import curves, images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
+from docs.draw import images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
 from docs.draw.oracle import checkerboard, exact_model
 from fmlit.cli.options import Names
+from fmlit.core.errors import UserError
 from fmlit.core.files import new_file
+from fmlit.evaluation.curves import read_metrics, training_curves
 from fmlit.flows.paths import CondOTPath, VPPath
 from fmlit.models.generative_model import GenerativeModel
-from fmlit.storage.loading import load_model
-from fmlit.storage.run_folder import find_checkpoint
+from fmlit.storage.loading import find_model, load
 
 EXACT: dict[str, Callable[[], Figure]] = {
     "trajectory_field_ode": odes.trajectory_field_ode,
@@ -59,7 +60,7 @@ def figures(
         raise ValueError("only, table and curves_of are three tasks: give one of them")
     if curves_of is not None:
         return _draw_curves(curves_of, Path(out))
-    source = None if checkpoint is None else find_checkpoint(checkpoint)
+    source = None if checkpoint is None else find_model(checkpoint, "checkpoint")
     if table is not None:
         return _write_table(new_file(table, ".md"), source)
     drawable = [name for name in PICTURES if source is not None or Path(name).stem not in TRAINED]
@@ -69,7 +70,7 @@ def figures(
             raise ValueError(f"only: there is no picture {name}; choose from {', '.join(PICTURES)}")
         if name not in drawable:
             raise ValueError(f"only: {name} shows a trained model; give --checkpoint")
-    model = None if source is None else load_model(source)
+    model = None if source is None else load(source)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     for name in chosen:
@@ -92,13 +93,13 @@ def draw(name: str, folder: Path, model: GenerativeModel | None = None) -> None:
 
 def _draw_curves(runs: Names, folder: Path) -> dict[str, Any]:
     """``loss.png`` in the folder: a panel for each run."""
-    files = {Path(run).name: Path(run) / "metrics.csv" for run in runs}
-    for file in files.values():
-        if not file.is_file():
-            raise ValueError(f"curves_of: there is no {file}; give folders of runs, such as runs/quickstart")
+    try:
+        metrics = {Path(run).name: read_metrics(Path(run) / "metrics.csv") for run in runs}
+    except UserError as error:
+        raise UserError(f"curves_of: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "loss.png"
-    style.save_png(curves.training_curves({name: curves.read_metrics(file) for name, file in files.items()}), picture)
+    style.save_png(style.styled(training_curves)(metrics, style.TIME), picture)
     return {"picture": str(picture), "runs": list(runs)}
 
 
@@ -113,7 +114,7 @@ def _write_table(file: Path, checkpoint: Path | None) -> dict[str, Any]:
         for title, path in exact.items()
     ]
     if checkpoint is not None:
-        model = load_model(checkpoint)
+        model = load(checkpoint)
         title = f"A trained network: {type(model.net).__name__} for data of shape {model.shape}"
         tables.append(solver_table.error_table(model, title, n=400, report=report))  # a network is slow
     file.write_text(solver_table.page(tables), encoding="utf-8")

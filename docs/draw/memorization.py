@@ -1,6 +1,4 @@
-"""Memorization: what the exact field of a finite training set does, and how samples are found to be copies."""
-
-from typing import NamedTuple
+"""Memorization: what the exact field of a finite training set does, beside a network that was trained on it."""
 
 import torch
 from matplotlib.axes import Axes
@@ -13,42 +11,10 @@ from fmlit.core.randomness import image_seeds
 from fmlit.core.tensors import from_uint8
 from fmlit.data.digits import Digits
 from fmlit.flows.mixtures import GaussianMixture
-from fmlit.metrics.precision_recall import nearest_neighbors
+from fmlit.metrics.memorization import Memorization, memorization
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.generate import balanced_labels
 from fmlit.sampling.samplers import ODESampler
-
-COPY = 1 / 3  # of the distance to the second nearest
-
-
-class Memorization(NamedTuple):
-    """For each of n samples: the nearest training item, the distance to it, and whether that makes it a copy."""
-
-    nearest: Tensor
-    distances: Tensor
-    copied: Tensor
-
-    @property
-    def share(self) -> float:
-        """Share of samples that are copies."""
-        return self.copied.double().mean().item()
-
-    @property
-    def verdict(self) -> str:
-        """The finding in words."""
-        return (
-            f"{'memorization' if self.share > 0.5 else 'no memorization'}: {self.share:.0%} of the samples are copies"
-        )
-
-
-def memorization(samples: Tensor, training: Tensor) -> Memorization:
-    """Compare samples (n, *shape) with distinct training items (m, *shape), by Euclidean distance.
-
-    A sample is called a copy if it lies closer to its nearest training item than a third of the distance to the second
-    nearest (Yoon et al. 2023; Gu et al. 2023): no threshold in the units of the data.
-    """
-    distances, nearest = nearest_neighbors(samples.flatten(1), training.flatten(1), k=2)
-    return Memorization(nearest[:, 0], distances[:, 0], distances[:, 0] < COPY * distances[:, 1])
 
 
 def real_digits() -> Tensor:

@@ -15,6 +15,7 @@ from fmlit.flows.diffusions import BetaDiffusion
 from fmlit.flows.predictions import Velocity
 from fmlit.flows.times import sampling_limits
 from fmlit.models.generative_model import GenerativeModel, evaluation_mode
+from fmlit.sampling.budget import affordable_steps
 from fmlit.sampling.generate import balanced_labels
 from fmlit.sampling.grids import EDMGrid, Grid, LogitSNRGrid, UniformGrid
 from fmlit.sampling.guidance import guided_velocity
@@ -22,7 +23,6 @@ from fmlit.sampling.samplers import ChurnSampler, ODEMethod, ODESampler, Sampler
 
 NFES = (5, 10, 20, 50)
 GRIDS: dict[str, Grid] = {"E": EDMGrid(), "L": LogitSNRGrid(), "U": UniformGrid()}
-EVALUATIONS = {"midpoint": 2, "heun": 2, "rk4": 4, "stochastic_heun": 2, "churn": 2}  # of the field in one step; else 1
 
 
 class VariantSampler(ODESampler):
@@ -51,15 +51,6 @@ def all_solvers() -> dict[str, Make]:
         made[f"{m} (SDE)"] = partial(SDESampler, BetaDiffusion(), m)
     made["churn (SDE)"] = lambda steps, grid: ChurnSampler(steps, grid=grid)
     return made
-
-
-def affordable_steps(make: Make, model: GenerativeModel, nfe: int, grid: Grid) -> int | None:
-    """The most steps that take at most ``nfe`` evaluations of the field, the closing denoising step included."""
-    probe = make(2, grid)
-    per_step = EVALUATIONS.get(probe.method, 1)
-    closing = bool(grid.times(model.path, 2, probe.limits(model))[-1] < 1)
-    steps = (nfe - 1) // per_step + 1 if closing else nfe // per_step
-    return steps if steps >= (2 if closing else 1) else None
 
 
 @torch.no_grad()

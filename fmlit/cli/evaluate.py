@@ -16,8 +16,8 @@ from fmlit.flows.diffusions import Diffusion
 from fmlit.models.compilation import CompileMode, compile_net
 from fmlit.sampling.grids import Grid
 from fmlit.sampling.samplers import Precision, Sampler
-from fmlit.storage.loading import load_model
-from fmlit.storage.run_folder import find_checkpoint, folder_of_run
+from fmlit.storage.loading import find_model, load, weights_of
+from fmlit.storage.run_folder import folder_of_run
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def evaluate(
     processes share the work, and the images are the same for any number of them. The last line of output is JSON.
 
     Args:
-        checkpoint: A checkpoint, or the folder of a run.
+        checkpoint: A checkpoint, the folder of a run, or an exported folder (which needs --data).
         n: Number of samples. Cite FID at 50000; compare values at equal n only.
         metrics: Any of fid, kid, precision, recall; class, the share of samples that a classifier of the real images
             reads as the class that was asked for; bpd, bits per dimension of at most n test images.
@@ -97,7 +97,7 @@ def evaluate(
     Returns:
         The summary; None on every rank but the first.
     """
-    file = find_checkpoint(checkpoint)
+    file = find_model(checkpoint, "checkpoint")
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         raise UserError(f"unknown metric {unknown[0]!r}: choose from {', '.join(METRICS)}")
     draws = set(metrics) != {"bpd"}
@@ -106,7 +106,8 @@ def evaluate(
     samplers = sweep.samplers() if draws else []
     with scoring.scorer(metrics, file) as scorer:
         results = Results(Path(out) if out else folder_of_run(file) / "evaluation")
-        model = load_model(file, weights, scoring.trust, scorer.device).requires_grad_(False)
+        weights = weights_of(file, weights)
+        model = load(file, weights, scoring.trust, scorer.device).requires_grad_(False)
         guide = load_guide(sweep.guide, scoring.trust, scorer.device)
         for part in (model, guide):
             if compile and part:

@@ -25,8 +25,7 @@ from fmlit.flows.diffusions import ConstantDiffusion, Diffusion
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.grids import Grid
 from fmlit.sampling.samplers import ChurnSampler, ODEMethod, ODESampler, Precision, Sampler, SDEMethod, SDESampler
-from fmlit.storage.loading import load_model
-from fmlit.storage.run_folder import find_checkpoint
+from fmlit.storage.loading import find_model, load
 
 
 class Integers(tuple[int, ...]):
@@ -57,19 +56,20 @@ _register(Numbers, float, "1.0,1.5")
 _register(Names, str, "one,two")
 
 
-def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str]) -> None:
+def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str], program: str | None = None) -> None:
     """Call ``command`` with options from the command line, then print what it returns as one line of JSON.
 
     The signature is the list of options, the docstring their help. A parameter whose type is a dataclass stands for the
     fields of that class: they are options beside the others. ``--save-images`` is the same as ``--save_images``, and a
-    switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing.
+    switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing. ``program`` is
+    the name in the usage line, by default that of the script.
     """
     groups = _groups(command)
     with errors.one_line_errors(), warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes all that it is given
         parser = Parser(
             description=(inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
-            usage=f"{Path(sys.argv[0]).name} [--KEY VALUE ...]",
+            usage=f"{program or Path(sys.argv[0]).name} [--KEY VALUE ...]",
             allow_abbrev=False,
         )
         parser.add_argument("--config", action=ActionConfigFile, help="Path to a configuration file.")
@@ -136,7 +136,7 @@ def build_sampler(
 
 def load_guide(path: str | None, trust: Sequence[str], device: torch.device) -> GenerativeModel | None:
     """The model of a ``--guide``, by the first average of its checkpoint."""
-    return None if path is None else load_model(find_checkpoint(path, "guide"), "ema", trust, device)
+    return None if path is None else load(find_model(path, "guide"), "ema", trust, device)
 
 
 def choose_device(device: str) -> torch.device:

@@ -1,7 +1,6 @@
 """How command lines and recipes are read: help that leads on, errors in one line, checks that are not the parser's."""
 
 import argparse
-import difflib
 import inspect
 import itertools
 import pydoc
@@ -23,7 +22,8 @@ from fmlit.core.errors import UserError
 HELP = """Train an image generator by flow matching or score matching.
 
   train.py                                                 the quickstart: handwritten digits in a minute
-  train.py --config configs/cifar10_flow.yaml              a recipe; configs/ has more
+  train.py --config cifar10_flow                           a recipe that comes with fmlit, by its name
+  train.py --config FILE                                   a recipe of your own, a YAML file
   train.py --config FILE --model.net.channels 64           with any key changed
   train.py --config FILE --print_config                    every key and its value, without training
   train.py --config FILE --resume                          go on with the newest run of that name
@@ -117,6 +117,8 @@ def check_arguments(args: Sequence[str]) -> None:
     for key in given:
         if key in LINKS:
             raise UserError(f"{key}: takes its value from {LINKS[key]}; leave it out")
+        if key.startswith("quality.sampler.") and not {"quality.sampler", "quality.sampler.help"} & set(given):
+            raise UserError(f"{key}: scores use samples.sampler, unless --quality.sampler names a class, as ODESampler")
 
 
 def check_network(config: Mapping[str, Any]) -> None:
@@ -137,11 +139,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        near = difflib.get_close_matches(
-            path.name, [other.name for other in path.parent.glob("*.yaml")], n=1, cutoff=errors.CLOSE
-        )
-        hint = f"; did you mean {path.parent / near[0]}?" if near and not path.exists() else ""
-        raise OSError(f"config: cannot read {path} ({getattr(error, 'strerror', 'it is no text')}){hint}") from error
+        raise OSError(f"config: cannot read {path} ({getattr(error, 'strerror', 'it is no text')})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -1,4 +1,4 @@
-"""``scripts/sample.py``: draw samples of a checkpoint."""
+"""``fmlit sample``: draw samples of a model."""
 
 import math
 import time
@@ -24,8 +24,7 @@ from fmlit.sampling.drawing import draw_samples, image_grid
 from fmlit.sampling.generate import generate
 from fmlit.sampling.grids import Grid
 from fmlit.sampling.samplers import Precision
-from fmlit.storage.loading import load_model, training_data
-from fmlit.storage.run_folder import find_checkpoint
+from fmlit.storage.loading import find_model, load, training_data, weights_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,7 +64,7 @@ def sample(
     output is JSON.
 
     Args:
-        checkpoint: A checkpoint, or the folder of a run.
+        checkpoint: A checkpoint, the folder of a run, or an exported folder.
         n: Number of samples.
         labels: Classes, by id or by name: 3,7 or cat,dog. They are dealt in turn; by default all classes are.
         solver: heun, euler, midpoint, rk4, dopri5, ddim, dpmpp_2m, dpmpp_3m, unipc, ipndm for the ODE; euler_maruyama,
@@ -90,10 +89,11 @@ def sample(
     if n < 1 or batch_size < 1 or (columns is not None and columns < 1):
         raise UserError(f"n, batch_size and columns must be at least 1, got {n}, {batch_size} and {columns}")
     started = time.perf_counter()
-    file = find_checkpoint(checkpoint)
+    file = find_model(checkpoint, "checkpoint")
+    weights = weights_of(file, weights)
     sampler = build_sampler(solver, steps, grid, guidance, sigma, precision)
     where = choose_device(device)
-    model, weaker = load_model(file, weights, trust, where), load_guide(guide, trust, where)
+    model, weaker = load(file, weights, trust, where), load_guide(guide, trust, where)
     sampler.check(model, weaker)
     for part in (model, weaker):
         if compile and part:
@@ -146,7 +146,7 @@ def choose_classes(
         return torch.arange(model.num_classes)
     names: list[str] = []
     if not all(label.isdecimal() for label in labels):
-        names = training_data(file, trust).class_names or []
+        names = [] if file.is_dir() else training_data(file, trust).class_names or []  # an export has none
     ids = [int(label) if label.isdecimal() else names.index(label) if label in names else -1 for label in labels]
     for label, class_id in zip(labels, ids, strict=True):
         if not 0 <= class_id < model.num_classes:

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import fmlit
-from fmlit.cli import errors
+from fmlit.cli import errors, recipes
 from fmlit.cli.parsing import HELP, Parser, check_arguments, check_network, config_files
 from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule
@@ -97,7 +97,8 @@ class TrainingCLI(LightningCLI):
     _fresh = True
     fit_seconds = math.inf
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], program: str = "train.py") -> None:
+        args = recipes.resolve(args)
         check_arguments(args)
         self._stem = next((path.stem for path in config_files(args)), "run")
         super().__init__(
@@ -107,8 +108,8 @@ class TrainingCLI(LightningCLI):
             subclass_mode_data=True,
             parser_class=Parser,
             parser_kwargs={
-                "description": HELP,
-                "usage": "train.py [--config FILE] [--KEY VALUE ...]",
+                "description": HELP.replace("train.py", program),
+                "usage": f"{program} [--config NAME] [--KEY VALUE ...]",
                 "dump_header": [f"fmlit {fmlit.__version__}, lightning {pl.__version__}, torch {torch.__version__}"],
             },
             save_config_callback=RunConfig,
@@ -117,7 +118,7 @@ class TrainingCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # checkpoints carry a plain description instead
             run=False,
-            args=list(args),
+            args=args,
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -145,7 +146,7 @@ class TrainingCLI(LightningCLI):
             "--start_from",
             type=str | None,
             help="Start a new run from trained weights: a checkpoint (its first average), the folder of a run, or one "
-            "that export.py wrote. A resumed run does not read it.",
+            "that was exported. A resumed run does not read it.",
         )
         parser.add_argument("--images", type=int, default=1_000_000, help="Run length in training images.")
         for key, cls in PARTS.items():
@@ -167,6 +168,8 @@ class TrainingCLI(LightningCLI):
             super().instantiate_classes()
         except errors.USER_ERRORS as error:
             raise UserError(errors.blame(error, self.config.as_dict(), PARTS)) from error
+        if self.config["quality"]["sampler"] is None:
+            self.config_init["quality"].sampler = self.config_init["samples"].sampler
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         resume, self.config["resume"] = self.config["resume"], False  # config.yaml starts a run of its own
@@ -269,18 +272,18 @@ class TrainingCLI(LightningCLI):
             shutil.rmtree(self.run_folder, ignore_errors=True)
 
 
-def train(args: Sequence[str], default_config: Path) -> None:
-    """``scripts/train.py``: train by command line, then print one line of JSON.
+def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, program: str = "train.py") -> None:
+    """``fmlit train``: train by command line, then print one line of JSON.
 
     Without ``--config``, ``default_config`` is put in front. It is no default of the parser, whose values would leak
-    into every other recipe.
+    into every other recipe. ``program`` is the name in the help.
     """
     started = time.perf_counter()
     if not config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
     with quiet_logging():
         with errors.one_line_errors(memory=MEMORY):
-            cli = TrainingCLI(args)
+            cli = TrainingCLI(args, program)
         preempted = None
         with errors.one_line_errors(errors.RUNNING_ERRORS, MEMORY):
             try:

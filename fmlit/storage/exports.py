@@ -87,7 +87,7 @@ def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | s
     """The model that was exported into a folder, in evaluation mode; in float32, whatever its weights are stored in.
 
     Args:
-        folder: what ``scripts/export.py`` wrote.
+        folder: what ``fmlit export`` wrote.
         trust: packages besides fmlit whose classes may be built, see ``descriptions.build``.
         device: where to put the model.
 
@@ -96,13 +96,21 @@ def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | s
     """
     folder = Path(folder)
     try:
-        model = descriptions.build(json.loads((folder / DESCRIPTION).read_text())["model"], trust)
+        model = descriptions.build(read_description(folder)["model"], trust)
         if not isinstance(model, GenerativeModel):
             raise UserError(f"{DESCRIPTION} describes a {type(model).__qualname__}, not a GenerativeModel")
         model.net.load_state_dict(_read_weights(folder))
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{folder} does not hold an exported model: {' '.join(str(error).split())}") from error
     return model.to(device).float().eval()
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """What is known of an exported model: the class and arguments of each part, and which weights these are."""
+    try:
+        return dict(json.loads((folder / DESCRIPTION).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / DESCRIPTION} cannot be read: {error}") from error
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -159,12 +167,11 @@ def readme(model: GenerativeModel, dtype: DType = "float32") -> str:
 
 
 WITH_FMLIT = """```python
-from fmlit.storage.exports import load
+import fmlit
 from fmlit.core.randomness import image_seeds
-from fmlit.sampling.samplers import ODESampler
 
-model = load(".")
-samples = ODESampler().sample(model, image_seeds(0, range(16)))
+model = fmlit.load(".")
+samples = fmlit.ODESampler().sample(model, image_seeds(0, range(16)))
 ```"""
 
 

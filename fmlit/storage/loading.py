@@ -1,4 +1,4 @@
-"""Models and data sets out of checkpoints."""
+"""Models and data sets out of checkpoints, run folders and exported folders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,22 +9,63 @@ import torch
 from fmlit.core.errors import UserError
 from fmlit.data import DataModule
 from fmlit.models.generative_model import GenerativeModel
-from fmlit.storage import checkpoints, descriptions
-from fmlit.storage.checkpoints import StrPath, load
+from fmlit.storage import checkpoints, descriptions, exports
+from fmlit.storage.checkpoints import StrPath
+from fmlit.storage.run_folder import find_checkpoint
 
 
-def load_model(
+def load(
     path: StrPath, weights: str = "ema", trust: Sequence[str] = (), device: torch.device | str = "cpu"
 ) -> GenerativeModel:
-    """The model of a checkpoint, in evaluation mode, built from the description in it.
+    """Load a trained model, in evaluation mode.
+
+    The model is built from the description that was stored with its weights, so nothing else is needed::
+
+        model = fmlit.load("runs/quickstart")
 
     Args:
-        path: the checkpoint.
-        weights: "raw" for the trained weights, the name of an averaged copy, or "ema" for the first of these.
+        path: a checkpoint; the folder of a run, for its newest checkpoint; or an exported folder.
+        weights: "raw" for the trained weights, the name of an average, or "ema" for the first average. An exported
+            folder holds one set of weights, which "ema" and its own name stand for.
         trust: packages besides fmlit whose classes may be built, see ``descriptions.build``.
         device: where to put the model.
+
+    Raises:
+        UserError: there is no such model or no such weights, a file is damaged, or a class is not trusted.
     """
-    checkpoint = load(path)
+    source = find_model(path)
+    if source.is_dir():
+        weights_of(source, weights)
+        return exports.load(source, trust, device)
+    return _load_checkpoint(source, weights, trust).to(device).eval()
+
+
+def find_model(path: StrPath, option: str | None = None) -> Path:
+    """The checkpoint file, or the exported folder, that a path stands for.
+
+    Raises:
+        UserError: there is none. The message names the ``option`` of the command line that was given the path.
+    """
+    found = Path(path).expanduser()
+    return found if (found / exports.DESCRIPTION).is_file() else find_checkpoint(found, option)
+
+
+def weights_of(source: Path, weights: str) -> str:
+    """The name of the weights that ``load`` takes: ``weights`` itself, or of an exported folder the name it states.
+
+    Raises:
+        UserError: the folder was exported from other weights.
+    """
+    if not source.is_dir():
+        return weights
+    stored = exports.read_description(source).get("weights", "ema")
+    if weights not in ("ema", stored):
+        raise UserError(f"{source} holds the weights {stored!r} and no {weights!r}; leave weights out, or load its run")
+    return stored
+
+
+def _load_checkpoint(path: Path, weights: str, trust: Sequence[str]) -> GenerativeModel:
+    checkpoint = checkpoints.load(path)
     if "model_description" not in checkpoint:
         raise UserError(f"checkpoint {path} does not describe its model: it was not written by an fmlit module")
     try:
@@ -36,7 +77,7 @@ def load_model(
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint {path}: {error}") from error
     model.net.load_state_dict(state)
-    return model.to(device).eval()
+    return model
 
 
 def _select_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
@@ -63,9 +104,15 @@ def _check_fit(given: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 def training_data(checkpoint: Path | None, trust: Sequence[str] = ()) -> DataModule:
-    """The data set that a checkpoint was trained on, built from the description in it."""
+    """The data set that a checkpoint was trained on, built from the description in it.
+
+    Raises:
+        UserError: there is no checkpoint, it is an exported folder, or its data set cannot be built.
+    """
     if checkpoint is None:
         raise UserError("give --data, or the --checkpoint of a model that was trained on them")
+    if checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is an export, which does not name its training data; give them by --data")
     try:
         data = descriptions.build(checkpoints.load(checkpoint).get("data_description", {}), trust)
         if not isinstance(data, DataModule):

@@ -90,14 +90,21 @@ def write_record(folder: Path, known: dict[str, Any]) -> None:
         file.write(json.dumps(known, indent=1).encode())
 
 
-def find_checkpoint(path: str, option: str = "checkpoint", takes: str = "a .ckpt file or the folder of a run") -> Path:
-    """A checkpoint file as it is; of a run folder, its newest checkpoint ``checkpoints/last.ckpt``."""
+def find_checkpoint(path: str | Path, option: str | None = None) -> Path:
+    """A checkpoint file as it is; of a run folder, its newest checkpoint ``checkpoints/last.ckpt``.
+
+    Raises:
+        UserError: there is none. The message names the ``option`` of the command line that was given the path.
+    """
     found = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
     if not found.is_file():
-        raise UserError(f"there is no checkpoint {found}: give --{option} {takes}")
+        give = f"give --{option}" if option else "give"
+        raise UserError(f"there is no checkpoint {found}: {give} a .ckpt file, the folder of a run, or an exported one")
     return found
 
 
 def folder_of_run(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint file, or the folder in which it lies if that is none."""
+    """The run folder of a checkpoint file, or the folder in which it lies; an exported folder is its own."""
+    if checkpoint.is_dir():
+        return checkpoint
     return checkpoint.parent.parent if checkpoint.absolute().parent.name == "checkpoints" else checkpoint.parent

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmlit.core.errors import UserError
-from fmlit.models.generative_model import GenerativeModel
-from fmlit.storage import exports
-from fmlit.storage.checkpoints import load, newest_valid
+from fmlit.storage.checkpoints import load as load_checkpoint
+from fmlit.storage.checkpoints import newest_valid
 from fmlit.storage.descriptions import describe
-from fmlit.storage.loading import load_model
-from fmlit.storage.run_folder import find_checkpoint
+from fmlit.storage.loading import find_model, load
 from fmlit.training.modules import GenerativeModule
 
 MOST_DIFFERENCES = 3
@@ -45,7 +43,7 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
     if not required and not any(checkpoints.glob("*.ckpt")):
         return Start()
     path = newest_valid(checkpoints)
-    checkpoint = load(path)
+    checkpoint = load_checkpoint(path)
     differences = list(
         _differences(_lasting(checkpoint.get("model_description")), _lasting(describe(module.model)), "model")
     )
@@ -69,7 +67,7 @@ def take_weights(path: str, module: GenerativeModule) -> None:
 
     Args:
         path: a checkpoint, of which the first average counts; the folder of a run, for its newest checkpoint; or a
-            folder that ``scripts/export.py`` wrote.
+            folder that ``fmlit export`` wrote.
         module: what will be trained.
 
     Raises:
@@ -79,7 +77,8 @@ def take_weights(path: str, module: GenerativeModule) -> None:
     parts = describe(module.model)["init_args"]
     trust = [parts[name]["class_path"].rpartition(".")[0] for name in ("net", "path", "prediction")]
     try:
-        found, model = _read(Path(path), trust)
+        found = find_model(path, "start_from")
+        model = load(found, trust=trust)
     except (OSError, ValueError) as error:
         raise UserError(f"start_from: {error}") from error
     weights, net = model.net.state_dict(), module.model.net
@@ -90,14 +89,6 @@ def take_weights(path: str, module: GenerativeModule) -> None:
             f"was trained with, on data with as many classes, or start without it"
         )
     net.load_state_dict({name: weights[_plain_name(name)] for name in net.state_dict()})
-
-
-def _read(path: Path, trust: list[str]) -> tuple[Path, GenerativeModel]:
-    """The file or folder that a path stands for, and the model in there."""
-    if (path / exports.DESCRIPTION).exists():
-        return path, exports.load(path, trust)
-    file = find_checkpoint(str(path), "start_from", "a .ckpt file, the folder of a run, or an exported one")
-    return file, load_model(file, trust=trust)
 
 
 def _lasting(description: Any) -> Any:

@@ -30,6 +30,19 @@ def names(value: Any) -> list[str]:
     return [*value, *(name for inner in value.values() for name in names(inner))]
 
 
+# How each recipe samples its pictures and, where that differs, its scores.
+SAMPLERS = {
+    "cifar10_flow": ("midpoint18+uniform",),
+    "cifar10_score": ("eulermaruyama250+reverse", "midpoint18"),
+    "cifar10_speedrun": ("ipndm10+uniform+bfloat16",),
+    "mnist_flow": ("midpoint10+uniform",),
+    "mnist_score": ("eulermaruyama250+reverse", "midpoint18"),
+    "quickstart": ("midpoint5+uniform",),
+    "toy_checkerboard": ("midpoint18+uniform",),
+    "toy_two_points": ("midpoint18+uniform",),
+}
+
+
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
 def path(request: pytest.FixtureRequest) -> Path:
     return request.param
@@ -53,11 +66,26 @@ def test_it_builds_with_one_config_and_nothing_else(path: Path, tmp_path: Path) 
     assert built.model.schedule.images == content["images"]
     assert built.trainer.max_steps == math.ceil(content["images"] / built.datamodule.batch_size)
     assert isinstance(built.trainer.loggers[0], MetricsFile)
+    pictures, scores = (built.config_init[part].sampler for part in ("samples", "quality"))
+    assert pictures.name == SAMPLERS[path.stem][0]
+    assert scores.name == SAMPLERS[path.stem][-1]
     if path.stem in PARAMETERS:
         assert sum(p.numel() for p in built.model.model.net.parameters()) == PARAMETERS[path.stem]
 
     built.discard()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pictures_and_scores_share_a_sampler_unless_told_otherwise(tmp_path: Path) -> None:
+    def samplers(*options: str) -> tuple[str, str]:
+        built = train.TrainingCLI(["--config", str(CONFIGS / "quickstart.yaml"), "--runs", str(tmp_path), *options])
+        built.discard()
+        return built.config_init["samples"].sampler.name, built.config_init["quality"].sampler.name
+
+    assert samplers("--samples.sampler.steps=3") == ("midpoint3+uniform", "midpoint3+uniform")
+    assert samplers("--quality.sampler=ODESampler") == ("midpoint5+uniform", "heun18")
+    assert samplers("--quality.sampler=ODESampler", "--quality.sampler.steps=9") == ("midpoint5+uniform", "heun9")
 
 
 def test_the_quickstart_needs_no_account_and_the_real_recipes_name_wandb(path: Path) -> None:
@@ -115,9 +143,3 @@ def test_it_holds_only_what_differs_from_the_defaults(path: Path) -> None:
         found += repeated(content[part].get("init_args", {}), pydoc.locate(content[part]["class_path"]), part)
     assert not found
     assert [*repeated({"keep": 2, "every": 3}, train.PARTS["checkpoint"], "x")] == ["x.keep"]
-
-
-def test_it_gives_a_reason_for_each_number(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    bare = [line for line in lines if re.search(r"\d", line.partition(":")[2]) and "#" not in line]
-    assert not bare

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fmlit
 from fmlit.cli import sample as sampling
 from fmlit.cli.options import run
 from fmlit.storage.checkpoints import AtomicCheckpointIO, load
-from fmlit.storage.loading import load_model
 from tests.helpers.tiny_cli import runs_in, train
 
 
@@ -91,7 +91,7 @@ def test_a_run_with_coupled_noise_is_not_sampled_by_an_sde(tmp_path: Path, capsy
     coupled = ("--model.coupling=OptimalTransportCoupling", "--model.coupling.group_size=4")
     assert train(tmp_path, *coupled, "--trainer.max_steps=1").code == 0
     folder = tmp_path / "runs" / "tiny"
-    assert load_model(folder / "checkpoints" / "last.ckpt").coupled
+    assert fmlit.load(folder / "checkpoints" / "last.ckpt").coupled
     for solver in ("euler_maruyama", "churn"):
         arguments = ["--checkpoint", str(folder), "--solver", solver, "--steps", "2", "--out", str(tmp_path / "x.png")]
         with pytest.raises(SystemExit) as stopped:
@@ -100,7 +100,7 @@ def test_a_run_with_coupled_noise_is_not_sampled_by_an_sde(tmp_path: Path, capsy
         assert "needs the score, which does not follow from the velocity" in capsys.readouterr().err
     # It may go on without: what a checkpoint says is how it was last trained.
     assert train(tmp_path, "--trainer.max_steps=2", "--resume").summary["steps"] == 2
-    assert not load_model(folder / "checkpoints" / "last.ckpt").coupled
+    assert not fmlit.load(folder / "checkpoints" / "last.ckpt").coupled
 
 
 def test_resuming_the_same_description_with_other_weights_names_them(

@@ -10,7 +10,7 @@ import torch
 from tests.helpers.tiny_cli import CONFIGS, train
 from torch import Tensor
 
-from fmlit.storage.loading import load_model
+import fmlit
 from fmlit.data import Checkerboard
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.flows.mixtures import GaussianMixture
@@ -95,6 +95,6 @@ def test_a_toy_recipe_learns_the_exact_field(name: str, tmp_path: Path) -> None:
     started = time.perf_counter()
     summary = train(tmp_path, "--config", str(CONFIGS / f"{name}.yaml")).summary
     seconds = time.perf_counter() - started
-    error = relative_error(load_model(Path(summary["checkpoint"])), ORACLES[name])
+    error = relative_error(fmlit.load(Path(summary["checkpoint"])), ORACLES[name])
     print(f"{name}: relative L2 error {error:.4f} after {summary['steps']} steps, {seconds:.0f} s")
     assert error <= 0.05

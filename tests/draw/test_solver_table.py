@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from docs.draw import oracle, solver_table
-from docs.draw.solver_table import GRIDS, affordable_steps, all_solvers, error_table, sliced_wasserstein
+from docs.draw.solver_table import GRIDS, all_solvers, error_table, sliced_wasserstein
 from fmlit import solvers
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, VPPath
+from fmlit.sampling.budget import affordable_steps
 from fmlit.sampling.samplers import ODESampler
 from tests.helpers.known_model import STD, known_model
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fmlit"
 
 # The folders of the package, from the ground up. Folders on one floor do not import each other.
-ORDER = "core < flows, data, metrics < solvers < models < sampling, storage < training < evaluation < cli"
+ORDER = "core < flows, data, metrics < solvers < models < sampling, storage < training < evaluation < cli < __main__"
 FLOORS = {folder: floor for floor, folders in enumerate(ORDER.split(" < ")) for folder in folders.split(", ")}
 
 # The mathematics is usable without a training framework: torch, and one library each where stated.

@@ -1,6 +1,7 @@
 """What an import pulls in: seconds of start-up that nobody asked for, and libraries that may be missing."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -110,3 +111,11 @@ def test_help_costs_little_more_than_lightning_itself() -> None:
 
     bare = seconds([sys.executable, "-c", "import lightning.pytorch.cli"])
     assert seconds([sys.executable, "scripts/train.py", "--help"]) < bare + 2
+
+
+@pytest.mark.parametrize("script", ["benchmark", "figures"])
+def test_scripts_of_a_clone_find_what_lies_outside_the_package(script: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    assert ended.stdout.startswith(f"usage: {script}.py [--KEY VALUE ...]"), ended.stderr

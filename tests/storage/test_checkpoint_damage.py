@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 
+import fmlit
 from fmlit.core import files
 from fmlit.storage import checkpoints
 from fmlit.storage.checkpoints import AtomicCheckpointIO, load, newest_valid, verify
-from fmlit.storage.loading import load_model
 from tests.helpers.checkpoint_files import checkpoint, flip, save
 
 DAMAGE = {
@@ -124,7 +124,7 @@ def test_pickle_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, new_format
     with pytest.raises(ValueError, match="weights_only=False could run code"):
         AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
     with pytest.raises(ValueError, match=r"last\.ckpt"):
-        load_model(path)
+        fmlit.load(path)
     with pytest.raises(ValueError, match="no usable checkpoint"):
         newest_valid(tmp_path)
     assert not payload.exists()

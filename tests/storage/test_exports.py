@@ -7,12 +7,15 @@ import stat
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
 
+import fmlit
 from fmlit import solvers
 from fmlit.cli.export import export as export_command
+from fmlit.cli.main import main
 from fmlit.cli.options import run
 from fmlit.data import Digits
 from fmlit.flows.paths import CondOTPath, GaussianPath, VPPath
@@ -20,7 +23,6 @@ from fmlit.flows.predictions import Noise, PreconditionedVelocity, Prediction, V
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.models.unet import UNet
 from fmlit.storage import exports
-from fmlit.storage.loading import load_model
 from tests.helpers.known_model import known_model, save_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export.py"
@@ -59,7 +61,7 @@ def test_the_script_writes_a_folder_that_both_libraries_load(checkpoint, tmp_pat
     assert all(path.stat().st_mode & stat.S_IRGRP for path in out.rglob("*"))
 
     x, t, labels = points
-    original = load_model(f"{checkpoint}/checkpoints/last.ckpt")
+    original = fmlit.load(f"{checkpoint}/checkpoints/last.ckpt")
     loaded = exports.load(out)
     assert not loaded.training
     assert torch.equal(loaded.velocity(x, t, labels), original.velocity(x, t, labels))
@@ -167,3 +169,35 @@ def test_folders_that_do_not_hold_a_model(tmp_path):
     (tmp_path / "model.json").write_text(json.dumps({"model": {"class_path": "fmlit.VPPath", "init_args": {}}}))
     with pytest.raises(ValueError, match="describes a VPPath, not a GenerativeModel"):
         exports.load(tmp_path)
+
+
+def run_command(capsys, *args):
+    """The summary of a command."""
+    main([str(arg) for arg in args])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_commands_take_an_export_as_they_take_its_run(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    export_command(checkpoint, "raw", "raw")
+    scored = ["--n", 20, "--steps", 2, "--batch_size", 20, "--cache", "cache", "--out"]
+    pixels, protocols = [], []
+    for source, options in {checkpoint: ["--weights", "raw"], "raw": []}.items():
+        file = f"{len(pixels)}.npz"
+        run_command(capsys, "sample", "--checkpoint", source, "--n", 10, "--steps", 2, "--save_images", file, *options)
+        pixels.append(np.load(file)["arr_0"])
+        options += ["--data", "Digits"] if source == "raw" else []
+        result = run_command(capsys, "evaluate", "--checkpoint", source, *scored, f"{len(pixels)}", *options)
+        protocols.append((result["cells"][0]["protocol"], result["cells"][0]["scores"]))
+    assert np.array_equal(*pixels)
+    assert protocols[0] == protocols[1]
+    assert "-raw-" in protocols[0][0]
+    again = run_command(capsys, "export", "--checkpoint", "raw", "--dtype", "float16", "--out", "half")
+    assert again["weights"] == "raw"
+    assert exports.read_description(Path("half"))["images_seen"] == 1280
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--checkpoint", "raw"])
+    assert (
+        capsys.readouterr().err
+        == "error: raw is an export, which does not name its training data; give them by --data\n"
+    )

@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import Tensor, nn
 
+import fmlit
 from fmlit.metrics import NetworkFeatures
 from fmlit.models.mlp import MLP
 from fmlit.sampling.samplers import ODESampler
 from fmlit.storage.checkpoints import load
-from fmlit.storage.loading import load_model
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, QualityCurve, SampleGrid
 from fmlit.training.callbacks.intervals import sampled_model
@@ -160,8 +160,8 @@ def test_bug_2_a_checkpoint_of_weights_only_holds_both(tmp_path):
     raw, averaged = saved(path)
     assert same(raw, weights(module))
     assert same(averaged, ema.averaged_weights()["ema_100"])
-    assert same(load_model(path, "ema").net.state_dict(), averaged)
-    assert same(load_model(path, "raw").net.state_dict(), raw)
+    assert same(fmlit.load(path, "ema").net.state_dict(), averaged)
+    assert same(fmlit.load(path, "raw").net.state_dict(), raw)
 
 
 def test_bug_3_every_hook_sees_trained_weights_and_samples_averaged_ones(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fmlit
 from fmlit.core.randomness import image_seeds
 from fmlit.data import Digits, Moons, TwoPoints
 from fmlit.flows.mixtures import GaussianMixture
@@ -16,7 +17,6 @@ from fmlit.flows.predictions import Score
 from fmlit.models.mlp import MLP
 from fmlit.sampling.samplers import ODESampler, SDESampler
 from fmlit.storage.checkpoints import load
-from fmlit.storage.loading import load_model
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, QualityCurve, SampleGrid, TrainingLog
 from fmlit.training.modules import FlowMatchingModule, GenerativeModule, ScoreMatchingModule
@@ -162,7 +162,7 @@ def test_a_checkpoint_becomes_the_model_that_was_trained(tmp_path):
     fit(module, tmp_path, 6, ema, Checkpoint(36))
     path, seeds, labels = tmp_path / "checkpoints" / "last.ckpt", image_seeds(3, range(4)), torch.arange(4)
     for name, model in {"ema": ema.model(module), "ema_40": ema.model(module, "ema_40"), "raw": module.model}.items():
-        loaded = load_model(path, name)
+        loaded = fmlit.load(path, name)
         assert torch.equal(FEW_STEPS.sample(loaded, seeds, labels), FEW_STEPS.sample(model, seeds, labels))
     assert load(path)["images_seen"] == 72
 

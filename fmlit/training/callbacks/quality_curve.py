@@ -38,7 +38,8 @@ class QualityCurve(EveryImages):
         features: in which distances are taken: ``InceptionFeatures`` for FID, ``PixelFeatures`` for sets of
             tiny images.
         metrics: any of fid, kid, precision, recall.
-        sampler: how to sample.
+        sampler: how to sample. In a recipe, null means the sampler of the pictures, ``samples.sampler``; in Python it
+            means ``ODESampler()``.
         split: the part of the data to compare with.
         batch_size: samples per batch and rank.
         seed: of the samples.
@@ -51,7 +52,7 @@ class QualityCurve(EveryImages):
         n: int = 5_000,
         features: Features = PixelFeatures(),
         metrics: Sequence[Metric] = ("fid", "kid"),
-        sampler: Sampler = ODESampler(),
+        sampler: Sampler | None = None,
         split: Literal["train", "test"] = "train",
         batch_size: int = 250,
         seed: int = 0,
@@ -62,7 +63,8 @@ class QualityCurve(EveryImages):
             raise UserError(f"quality.n must be at least 2 and quality.batch_size at least 1, got {n} and {batch_size}")
         check_metrics(metrics, n)
         image_seeds(seed, [])  # fails now, rather than at the first score, where the seed is none
-        self.n, self.features, self.metrics, self.sampler = n, features, tuple(metrics), sampler
+        self.n, self.features, self.metrics = n, features, tuple(metrics)
+        self.sampler = sampler or ODESampler()
         self.split, self.batch_size, self.seed, self.cache = split, batch_size, seed, cache
         self.latest: dict[str, float] = {}
         self.best: float | None = None

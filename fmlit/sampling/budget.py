@@ -1,0 +1,28 @@
+"""What a sampler costs: evaluations of the network, and the steps that a number of them pays for."""
+
+from collections.abc import Callable
+
+from fmlit.models.generative_model import GenerativeModel
+from fmlit.sampling.grids import Grid
+from fmlit.sampling.samplers import Sampler
+
+EVALUATIONS = {"midpoint": 2, "heun": 2, "rk4": 4, "stochastic_heun": 2, "churn": 2}  # of the field in one step; else 1
+
+
+def affordable_steps(make: Callable[[int, Grid], Sampler], model: GenerativeModel, nfe: int, grid: Grid) -> int | None:
+    """The most steps that take at most ``nfe`` evaluations of the network, the closing denoising step included.
+
+    Args:
+        make: builds the sampler of so many steps on a grid.
+        model: what is sampled; its path and prediction decide whether there is a closing step.
+        nfe: the number of evaluations per sample.
+        grid: where the steps lie.
+
+    Returns:
+        The number of steps, or None where not even one can be paid for.
+    """
+    probe = make(2, grid)
+    per_step = EVALUATIONS.get(probe.method, 1)
+    closing = bool(grid.times(model.path, 2, probe.limits(model))[-1] < 1)
+    steps = (nfe - 1) // per_step + 1 if closing else nfe // per_step
+    return steps if steps >= (2 if closing else 1) else None
