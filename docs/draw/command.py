@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from docs.draw import curves, images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
 from docs.draw.oracle import checkerboard, exact_model
 from fmlit.cli.options import Names
+from fmlit.core.errors import UserError
 from fmlit.core.files import new_file
 from fmlit.flows.paths import CondOTPath, VPPath
 from fmlit.models.generative_model import GenerativeModel
@@ -56,7 +57,7 @@ def figures(
         curves_of: Draw the loss curves of these run folders, in total and per bin of t, into loss.png, and no more.
     """
     if sum(option is not None for option in (only, table, curves_of)) > 1:
-        raise ValueError("only, table and curves_of are three tasks: give one of them")
+        raise UserError("only, table and curves_of are three tasks: give one of them")
     if curves_of is not None:
         return _draw_curves(curves_of, Path(out))
     source = None if checkpoint is None else find_checkpoint(checkpoint)
@@ -66,9 +67,9 @@ def figures(
     chosen = list(only or drawable)
     for name in chosen:
         if name not in PICTURES:
-            raise ValueError(f"only: there is no picture {name}; choose from {', '.join(PICTURES)}")
+            raise UserError(f"only: there is no picture {name}; choose from {', '.join(PICTURES)}")
         if name not in drawable:
-            raise ValueError(f"only: {name} shows a trained model; give --checkpoint")
+            raise UserError(f"only: {name} shows a trained model; give --checkpoint")
     model = None if source is None else load_model(source)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def _draw_curves(runs: Names, folder: Path) -> dict[str, Any]:
     files = {Path(run).name: Path(run) / "metrics.csv" for run in runs}
     for file in files.values():
         if not file.is_file():
-            raise ValueError(f"curves_of: there is no {file}; give folders of runs, such as runs/quickstart")
+            raise UserError(f"curves_of: there is no {file}; give folders of runs, such as runs/quickstart")
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "loss.png"
     style.save_png(curves.training_curves({name: curves.read_metrics(file) for name, file in files.items()}), picture)

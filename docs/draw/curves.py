@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from docs.draw import style
+from fmlit.core.errors import UserError
 
 Points = tuple[list[float], list[float]]  # images seen, values
 
@@ -27,7 +28,7 @@ def read_metrics(file: Path) -> dict[str, Points]:
                     images.append(float(row["images_seen"]))
                     values.append(float(value))
     if not found:
-        raise ValueError(f"{file} holds no metrics yet")
+        raise UserError(f"{file} holds no metrics yet")
     return found
 
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fmlit.core.errors import FileError
+from fmlit.core.files import file_errors
+
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]  # what a cell of a sweep is of, and under "scores" what came out
@@ -23,9 +26,10 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "results.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+        with file_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise OSError(f"cannot write {self.path}: its folder is read-only; choose another with --out")
+            raise FileError(f"cannot write {self.path}: its folder is read-only; choose another with --out")
 
     def find(self, identity: Record) -> Record | None:
         """The record of an earlier evaluation, if there is one."""
