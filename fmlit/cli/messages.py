@@ -98,8 +98,8 @@ def _reason(said: str) -> str:
     reasons = dict.fromkeys(text for text in texts if text and not _NOISE.match(text))
     better = [text for text in reasons if not text.startswith("Expected a <")]
     text = "; ".join(better or reasons)
-    if unknown := re.search(
-        r"(?:^|; )Expected a dot import path string: (\w[\w.]*\b)|module '\S+' has no attribute '(\w+)'", text
+    if unknown := re.match(
+        r"Expected a dot import path string: (\w[\w.]*\b)|module '\S+' has no attribute '(\w+)'", text
     ):
         return _no_class(unknown[1] or unknown[2])
     given = re.search(r"^ *Given value: ([^(){}\n]{1,60})$", said, re.MULTILINE)
