@@ -11,6 +11,7 @@ from benchmarks.machine import hardware, versions
 from benchmarks.outcome import Outcome, Report
 from benchmarks.workload import Setup, recipe
 from fmlit.cli.options import Integers, Names, choose_device
+from fmlit.core.errors import UserError
 from fmlit.core.files import new_file
 from fmlit.metrics import Features
 from fmlit.models.compilation import CompileMode
@@ -130,10 +131,10 @@ def _options(what: What, given: Mapping[str, Any], rounds: int) -> dict[str, Any
         if what in takers:
             options[name] = default if given[name] is None else given[name]
         elif given[name] is not None:
-            raise ValueError(f"{name} is an option of --what {' and '.join(takers)}, not of {what}")
+            raise UserError(f"{name} is an option of --what {' and '.join(takers)}, not of {what}")
     for name in ("rounds", "steps", "lead", "batch_size", "images", "threads"):
         if options.get(name) is not None and options[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {options[name]}")
+            raise UserError(f"{name} must be at least 1, got {options[name]}")
     if "peers" in options:
         options["peers"] = check_peers(options["peers"])
     return options

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import loops, published
 from benchmarks.workload import Workload
+from fmlit.core.errors import UserError
 
 INSTALL = "pip install -e '.[bench]'"
 FMLIT, BARE = "fmlit", "bare"
@@ -62,7 +63,7 @@ def check_peers(names: Sequence[str]) -> list[str]:
         return []
     for name in names:
         if name not in PEERS:
-            raise ValueError(f"peers: there is no {name}; choose from {', '.join(PEERS)}, or {NO_PEERS}")
+            raise UserError(f"peers: there is no {name}; choose from {', '.join(PEERS)}, or {NO_PEERS}")
     return list(dict.fromkeys(names))
 
 

@@ -20,6 +20,7 @@ from benchmarks.outcome import Outcome, Report
 from benchmarks.rounds import rates, run_rounds, spread
 from benchmarks.training import Blocks, built, fit_in_blocks
 from benchmarks.workload import Setup, quiet
+from fmlit.core.errors import UserError
 
 RANKS = 2
 ONE, TWO, SILENT = "one process", "two processes", "two processes, silent"
@@ -81,7 +82,7 @@ def ranks(setup: Setup, lead: int, steps: int, rounds: int, report: Report) -> O
     """
     device = torch.device(setup.device)
     if device.type == "cuda" and torch.cuda.device_count() < RANKS:
-        raise ValueError(f"ranks: two processes need two GPUs, and there are {torch.cuda.device_count()}; --device cpu")
+        raise UserError(f"ranks: two processes need two GPUs, and there are {torch.cuda.device_count()}; --device cpu")
     with built(setup, steps=1) as cli:
         cli.datamodule.prepare_data()
         batch = cli.datamodule.batch_size
@@ -146,7 +147,7 @@ class Group:
             except Empty:
                 for rank, process in enumerate(self.processes):
                     if process.exitcode:
-                        raise ValueError(f"ranks: process {rank} ended with {process.exitcode}; it says why") from None
+                        raise UserError(f"ranks: process {rank} ended with {process.exitcode}; it says why") from None
 
     def close(self, patience: float = 60.0) -> None:
         """Let them end within so many seconds. Not by SIGTERM: a Trainer goes on after it."""

@@ -9,6 +9,7 @@ from benchmarks.rounds import now, rates, run_rounds
 from benchmarks.training import built
 from benchmarks.workload import Setup
 from fmlit.cli.options import build_sampler
+from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_seeds
 from fmlit.models.compilation import compile_net
 from fmlit.models.generative_model import GenerativeModel
@@ -32,7 +33,7 @@ def sampling(
     """
     for name in solvers or ():
         if name not in SOLVERS:
-            raise ValueError(f"solvers: {name} is none of {', '.join(SOLVERS)}, which take a fixed number of steps")
+            raise UserError(f"solvers: {name} is none of {', '.join(SOLVERS)}, which take a fixed number of steps")
     with built(setup, steps=1) as cli:
         module, size = cli.model, cli.datamodule.batch_size
     model = module.model.to(setup.device).eval()
@@ -46,7 +47,7 @@ def sampling(
         if (steps := affordable_steps(partial(build_sampler, name), model, nfe, UniformGrid()))
     }
     if not samplers:
-        raise ValueError(f"evaluations: {', '.join(map(str, evaluations))} pay for no step of these solvers")
+        raise UserError(f"evaluations: {', '.join(map(str, evaluations))} pay for no step of these solvers")
     counts = {name: count_evaluations(sampler, model, size) for name, sampler in samplers.items()}
     blocks = {name: partial(timed_batch, sampler, model, size) for name, sampler in samplers.items()}
     done = run_rounds(blocks, rounds, report.round)

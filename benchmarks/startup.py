@@ -10,6 +10,7 @@ from functools import partial
 from benchmarks.outcome import Outcome, Report
 from benchmarks.rounds import Block, run_rounds, spread
 from benchmarks.workload import CLONE, OFF, Setup
+from fmlit.core.errors import UserError
 
 # What no training program on these libraries can do without.
 IMPORTS = "import torch, lightning.pytorch, diffusers"
@@ -54,7 +55,7 @@ def _first_step(setup: Setup, parts: list[float]) -> float:
             seen = {line: time.perf_counter() - started for line in process.stdout}
         errors.seek(0)
         if process.returncode:
-            raise ValueError(f"train.py ended with {process.returncode}: {errors.read().strip().splitlines()[-1]}")
+            raise UserError(f"train.py ended with {process.returncode}: {errors.read().strip().splitlines()[-1]}")
     built = next(seconds for line, seconds in seen.items() if line.startswith(runs))
     first = next(seconds for line, seconds in seen.items() if line.startswith(FIRST_STEP))
     parts.append(built)

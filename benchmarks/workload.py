@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fmlit
 from fmlit.cli.train import TrainingCLI
+from fmlit.core.errors import UserError
 from fmlit.flows.paths import CondOTPath
 from fmlit.flows.predictions import Velocity
 from fmlit.flows.times import UniformTime
@@ -40,10 +41,10 @@ def recipe(net: str) -> Path:
     if path.is_file():
         return path
     if net in NETS:
-        raise ValueError(f"net: there is no {path}: run the benchmark from a clone of the repository")
+        raise UserError(f"net: there is no {path}: run the benchmark from a clone of the repository")
     near = difflib.get_close_matches(net, NETS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"net: {net} is neither {' nor '.join(NETS)} nor the YAML file of a recipe{hint}")
+    raise UserError(f"net: {net} is neither {' nor '.join(NETS)} nor the YAML file of a recipe{hint}")
 
 
 @dataclass(frozen=True)
@@ -194,13 +195,11 @@ class Workload:
 
 def _check(module: object, precision: str) -> None:
     if not isinstance(module, FlowMatchingModule):
-        raise ValueError(f"net: the benchmark trains by flow matching, and the recipe by {type(module).__name__}")
+        raise UserError(f"net: the benchmark trains by flow matching, and the recipe by {type(module).__name__}")
     model = module.model
     parts = {UNet: model.net, CondOTPath: model.path, Velocity: model.prediction, UniformTime: module.time_distribution}
     for kind, part in parts.items():
         if type(part) is not kind:
-            raise ValueError(
-                f"net: the benchmark compares recipes of a {kind.__name__}, not of a {type(part).__name__}"
-            )
+            raise UserError(f"net: the benchmark compares recipes of a {kind.__name__}, not of a {type(part).__name__}")
     if precision not in ("32-true", "bf16-mixed"):
-        raise ValueError(f"precision: the benchmark compares 32-true and bf16-mixed, not {precision}")
+        raise UserError(f"precision: the benchmark compares 32-true and bf16-mixed, not {precision}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {  # defining module: its public names
+    "fmlit.core.errors": "UserError",
     "fmlit.flows.couplings": "Coupling IndependentCoupling OptimalTransportCoupling",
     "fmlit.flows.diffusions": "BetaDiffusion ConstantDiffusion Diffusion ReverseDiffusion",
     "fmlit.flows.mixtures": "GaussianMixture",
@@ -54,6 +55,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:  # the same names, for editors and type checkers
+    from fmlit.core.errors import UserError as UserError
     from fmlit.data.cifar10 import CIFAR10 as CIFAR10
     from fmlit.data.data_module import DataModule as DataModule
     from fmlit.data.digits import Digits as Digits

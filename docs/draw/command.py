@@ -57,7 +57,7 @@ def figures(
         curves_of: Draw the loss curves of these run folders, in total and per bin of t, into loss.png, and no more.
     """
     if sum(option is not None for option in (only, table, curves_of)) > 1:
-        raise ValueError("only, table and curves_of are three tasks: give one of them")
+        raise UserError("only, table and curves_of are three tasks: give one of them")
     if curves_of is not None:
         return _draw_curves(curves_of, Path(out))
     source = None if checkpoint is None else find_model(checkpoint, "checkpoint")
@@ -67,9 +67,9 @@ def figures(
     chosen = list(only or drawable)
     for name in chosen:
         if name not in PICTURES:
-            raise ValueError(f"only: there is no picture {name}; choose from {', '.join(PICTURES)}")
+            raise UserError(f"only: there is no picture {name}; choose from {', '.join(PICTURES)}")
         if name not in drawable:
-            raise ValueError(f"only: {name} shows a trained model; give --checkpoint")
+            raise UserError(f"only: {name} shows a trained model; give --checkpoint")
     model = None if source is None else load(source)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

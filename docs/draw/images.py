@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 
 from docs.draw import style
 from docs.draw.memorization import real_digits
+from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.flows.diffusions import BetaDiffusion
 from fmlit.flows.paths import CondOTPath, CosinePath, VPPath
@@ -34,7 +35,7 @@ def noising() -> Figure:
 def sampling_trajectories(model: GenerativeModel, digits: int = 3, steps: int = 100) -> Figure:
     """X_t of a trained image model along its ODE and its SDE, from the same noise, with steps equal in t."""
     if len(model.shape) != 3:
-        raise ValueError(f"sampling trajectories are drawn of images (C, H, W), and this model makes {model.shape}")
+        raise UserError(f"sampling trajectories are drawn of images (C, H, W), and this model makes {model.shape}")
     seeds = image_seeds(0, range(3, 3 + digits))
     labels = balanced_labels(model, range(3, 3 + digits))
     samplers = {

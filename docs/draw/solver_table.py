@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmlit import solvers
+from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.core.tensors import Field, expand_time
 from fmlit.flows.diffusions import BetaDiffusion
@@ -82,7 +83,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int =
     al. 2015). A shift by v has the distance |v| / sqrt(d).
     """
     if a.shape != b.shape:
-        raise ValueError(
+        raise UserError(
             f"sliced_wasserstein compares point sets of one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     a, b = a.double().flatten(1).cpu(), b.double().flatten(1).cpu()

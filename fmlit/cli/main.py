@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import fmlit
 from fmlit.cli import recipes
+from fmlit.core.errors import INTERRUPTED
 
 
 class Command(NamedTuple):
@@ -26,7 +27,6 @@ COMMANDS = {
     "reference": Command("fmlit.cli.reference:reference", "compute the statistics of real images, and cache them"),
     "export": Command("fmlit.cli.export:export", "write a trained model into a folder for others to use"),
 }
-INTERRUPTED = 130  # the exit code of a shell's own commands after Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> None:

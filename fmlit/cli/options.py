@@ -61,8 +61,8 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str], prog
 
     The signature is the list of options, the docstring their help. A parameter whose type is a dataclass stands for the
     fields of that class: they are options beside the others. ``--save-images`` is the same as ``--save_images``, and a
-    switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing. ``program`` is
-    the name in the usage line, by default that of the script.
+    switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing. The
+    usage line names ``program``, by default the script.
     """
     groups = _groups(command)
     with errors.one_line_errors(), warnings.catch_warnings():

@@ -1,11 +1,12 @@
 """How command lines and recipes are read: help that leads on, errors in one line, checks that are not the parser's."""
 
 import argparse
+import copy
 import inspect
 import itertools
 import pydoc
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from jsonargparse import _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
 import fmlit
-from fmlit.cli import errors
-from fmlit.core.errors import UserError
+from fmlit.cli import errors, messages
+from fmlit.cli.messages import join_keys
+from fmlit.core.errors import MISTAKES, FileError, UserError
 
 HELP = """Train an image generator by flow matching or score matching.
 
@@ -86,15 +88,124 @@ class HelpFormatter(jsonargparse.DefaultHelpFormatter):
 
 
 class Parser(LightningArgumentParser):
-    """Errors in one line, with the nearest known option."""
+    """Reports a mistake in one line. What a configured class raises passes as it is.
+
+    jsonargparse tries the types of a union in turn, and takes whatever is raised there for a value of another type.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
+        self._class: Any = None
+        self._args: Sequence[str] = ()
+
+    @property
+    def _nested(self) -> bool:
+        """Whether this parser reads the arguments of a class, for an outer parser that knows the whole key."""
+        return not self.exit_on_error
+
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if nested_key is None:
+            self._class = theclass
+        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        if not self._nested:
+            self._args = list(args or ())
+        return self._unmasked(super().parse_args, args, *rest, **kwargs)
+
+    def instantiate(self, namespace: jsonargparse.Namespace, *args: Any, **kwargs: Any) -> Any:
+        """Build all that is configured; a ``UserError`` of a constructor is headed by the key of its object."""
+        if self._nested:
+            return super().instantiate(namespace, *args, **kwargs)
+        namespace = copy.deepcopy(namespace)
+        for group in self._action_groups:
+            if hasattr(group, "instantiate_class"):
+                namespace[f"{group.dest}.{_KEY}"] = group.dest
+        _hand_out_keys(namespace)
+        builders = [(_build, object, True)]
+        return self._unmasked(super().instantiate, namespace, *args, instantiators=builders, **kwargs)
+
+    def _unmasked(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call, and raise the first error that the user's own code raises there, rather than what becomes of it."""
+        if not self._nested:
+            _raised.clear()
+        try:
+            return call(*args, **kwargs)
+        except Exception:
+            if self._nested or not _raised:
+                raise
+        error = _raised[0]
+        _raised.clear()
+        raise error  # outside of the handler, or the handled error would become its context
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        if not self.exit_on_error or errors.debugging():  # of a nested class: the outer parser knows the whole key
+        if (path := messages.class_path(message)) and (own := _module_error(path)):
+            _raised.append(own)
+        if errors.debugging() or _raised:
             raise argparse.ArgumentError(None, message) from ex
-        errors.exit_with(message, [action.dest for action in self._actions])
+        options = [action.dest for action in self._actions]
+        line = messages.one_line(message, options, self._class, _arguments(self._class))
+        if self._nested:
+            raise argparse.ArgumentError(None, line) from ex
+        errors.exit_with(messages.finish(line, self._keys))
+
+    def _keys(self) -> list[str]:
+        """All keys of the command line, with those of the classes that its recipe names."""
+        self.exit_on_error = False
+        try:
+            config = self.parse_args([f"--config={path}" for path in config_files(self._args)])
+        except argparse.ArgumentError:
+            config = self.get_defaults()
+        finally:
+            self.exit_on_error = True
+        return [join_keys(key) for key in dict(config.items())]
+
+
+_KEY = "__key__"  # the argument by which a constructor's key reaches _build
+_raised: list[Exception] = []  # by the user's own code, while a parser of jsonargparse runs
+
+
+def _hand_out_keys(value: Any, key: str = "") -> None:
+    """Give every object that is configured by a class path its key, among the arguments that no parser looks at."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            _hand_out_keys(item, key)
+    elif isinstance(value, jsonargparse.Namespace | dict):
+        for name, inner in list((value if isinstance(value, dict) else vars(value)).items()):
+            _hand_out_keys(inner, join_keys(key, name))
+        if isinstance(value.get("class_path"), str):
+            value["dict_kwargs"] = {**(value.get("dict_kwargs") or {}), _KEY: key}
+
+
+def _build(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Build a configured object. A mistake of the user gets its key; any other error is the constructor's own."""
+    key = kwargs.pop(_KEY, "")
+    try:
+        return cls(*args, **kwargs)
+    except Exception as error:
+        if isinstance(error, MISTAKES) and len(error.args) == 1:  # the system's own have a number, too
+            error.args = (messages.headed(str(error), key, _arguments(cls)),)
+        _raised.append(error)
+        raise
+
+
+def _module_error(class_path: str) -> Exception | None:
+    """What the module of a class raises when it is imported; None where it is merely not there.
+
+    jsonargparse takes some of these errors for a wrong value. They belong to whoever wrote the module.
+    """
+    module = class_path.rpartition(".")[0]
+    try:
+        if module:
+            import_module(module)
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        return None if missing and f"{module}.".startswith(f"{missing}.") else error
+    return None
+
+
+def _arguments(cls: Any) -> list[str]:
+    return list(inspect.signature(cls).parameters) if cls is not None else []
 
 
 def config_files(args: Sequence[str]) -> list[Path]:
@@ -108,10 +219,10 @@ def check_arguments(args: Sequence[str]) -> None:
     """What the parser would say without naming the file, or would not say at all.
 
     Raises:
-        OSError: a configuration file cannot be read.
-        UserError: it is not YAML, or a key is set that takes its value from elsewhere.
+        Exception: whatever the module of a class raises that a configuration file names.
+        UserError: a configuration file cannot be read or is not YAML, or a key takes its value from elsewhere.
     """
-    given = [errors.join_keys(option[1]) for arg in args if (option := re.match(r"--([\w.]+)", arg))]
+    given = [join_keys(option[1]) for arg in args if (option := re.match(r"--([\w.]+)", arg))]
     for path in config_files(args):
         given += _keys(_read_yaml(path))
     for key in given:
@@ -139,7 +250,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise OSError(f"config: cannot read {path} ({getattr(error, 'strerror', 'it is no text')})") from error
+        raise FileError(f"config: cannot read {path} ({getattr(error, 'strerror', 'it is no text')})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -151,6 +262,8 @@ def _read_yaml(path: Path) -> Any:
 
 def _keys(content: Any, key: str = "") -> Iterator[str]:
     for name, value in content.items() if isinstance(content, dict) else ():
-        inner = errors.join_keys(key, str(name))
+        inner = join_keys(key, str(name))
+        if name == "class_path" and isinstance(value, str) and (error := _module_error(value)):
+            raise error
         yield inner
         yield from _keys(value, inner)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmlit.cli.options import Names, build_sampler, choose_device, load_guide
 from fmlit.core.errors import UserError
-from fmlit.core.files import atomic_write, new_file, new_folder
+from fmlit.core.files import atomic_write, file_errors, new_file, new_folder
 from fmlit.core.progress import progress
 from fmlit.core.randomness import image_seeds
 from fmlit.core.tensors import to_uint8
@@ -116,7 +116,8 @@ def sample(
         batches = generate(model, sampler, n, seed, size, asked, guide=weaker)
         drawn = [samples.cpu() for _, samples in progress(batches, math.ceil(n / size), name)]
         samples = torch.cat(drawn)
-        save(samples, asked)
+        with file_errors(str(save_images)):
+            save(samples, asked)
     _write(draw_samples(samples[:SHOWN], per_row), picture)
     if path is not None:
         indices = torch.arange(min(n, ANIMATED))
@@ -194,5 +195,5 @@ def _files(path: str | None, vectors: bool) -> Iterator[Callable[[Tensor, Tensor
 
 
 def _write(picture: "Image", path: Path, **options: Any) -> None:
-    with atomic_write(path) as file:
+    with file_errors(path), atomic_write(path) as file:
         picture.save(file, path.suffix[1:], **options)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -20,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 import fmlit
 from fmlit.cli import errors, recipes
 from fmlit.cli.parsing import HELP, Parser, check_arguments, check_network, config_files
-from fmlit.core.errors import UserError
+from fmlit.core.errors import LostProcessError, UserError
 from fmlit.data.data_module import DataModule
 from fmlit.storage.checkpoints import AtomicCheckpointIO
 from fmlit.training.averages import EMA
@@ -68,6 +69,7 @@ PARTS = {
     "preemption": Preemption,  # after all that acts at the end of a step
 }
 MEMORY = "lower data.batch_size (while scoring quality.batch_size), or raise trainer.accumulate_grad_batches"
+TRAINER_ERRORS = (ValueError, TypeError, ImportError, MisconfigurationException)  # of options that do not fit
 PREEMPTED = 128 + signal.SIGTERM  # the exit code, whichever signal it was: what schedulers take for an ended job
 
 
@@ -164,10 +166,7 @@ class TrainingCLI(LightningCLI):
         check_network(self.config)
 
     def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except errors.USER_ERRORS as error:
-            raise UserError(errors.blame(error, self.config.as_dict(), PARTS)) from error
+        super().instantiate_classes()
         if self.config["quality"]["sampler"] is None:
             self.config_init["quality"].sampler = self.config_init["samples"].sampler
 
@@ -199,7 +198,7 @@ class TrainingCLI(LightningCLI):
             check_launcher(trainer)
             strategy = better_strategy(self.config["trainer"]["strategy"], trainer)
             return unprofiled(super().instantiate_trainer(**settings, strategy=strategy) if strategy else trainer)
-        except errors.USER_ERRORS as error:
+        except TRAINER_ERRORS as error:
             raise UserError(f"trainer: {error}") from error
 
     def _trainer_settings(self) -> dict[str, Any]:
@@ -238,7 +237,7 @@ class TrainingCLI(LightningCLI):
         self.datamodule.trainer = trainer
         try:
             self.datamodule.rank_slice()
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"data.{error}") from error
 
     def fit(self) -> None:
@@ -259,7 +258,7 @@ class TrainingCLI(LightningCLI):
             if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
                 raise
             reason = str(error).splitlines()[0].partition(". ")[0]
-            raise ConnectionError(f"lost another process, which says why or was killed ({reason})") from error
+            raise LostProcessError(f"lost another process, which says why or was killed ({reason})") from error
         finally:
             self.fit_seconds = time.perf_counter() - started
             if self.trainer.global_step == 0:
@@ -282,10 +281,9 @@ def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, progra
     if not config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
     with quiet_logging():
-        with errors.one_line_errors(memory=MEMORY):
-            cli = TrainingCLI(args, program)
         preempted = None
-        with errors.one_line_errors(errors.RUNNING_ERRORS, MEMORY):
+        with errors.one_line_errors(MEMORY):
+            cli = TrainingCLI(args, program)
             try:
                 cli.fit()
             except Preempted as error:

@@ -1,9 +1,35 @@
-"""The one error that a user's mistake raises."""
+"""The errors that a command reports in one line. Any other error is a bug, and keeps its traceback."""
 
 
 class UserError(ValueError):
     """A mistake that the user can fix.
 
     The message is one line. It names the key, file or value that is wrong, and the fix. Commands print that line and
-    end with exit code 2. Programs catch it as a ``ValueError``. Any other error is a bug, and keeps its traceback.
+    end with exit code 2. Programs catch it as a ``ValueError``.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(original_message(message, type(self)))
+
+
+class FileError(UserError, OSError):
+    """A file, folder or disk that cannot be read or written, which the user can fix. It is an ``OSError``, too."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process has ended or cannot be reached. Commands end with exit code 1: it is worth another try."""
+
+
+MISTAKES = (UserError, FileNotFoundError)
+INTERRUPTED = 130  # the exit code that shells report for Ctrl-C
+
+
+def original_message(message: str, kind: type[BaseException]) -> str:
+    """The message of an exception that may come from a worker process.
+
+    A ``DataLoader`` rebuilds an exception of a worker from the text of its whole traceback. The message that was meant
+    for people is the end of that text, after the name of the class.
+    """
+    if "\nOriginal Traceback (most recent call last)" in message:
+        return message.rpartition(f"{kind.__name__}: ")[2].strip()
+    return message

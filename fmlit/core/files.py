@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from fmlit.core.errors import UserError
+from fmlit.core.errors import FileError, UserError
 from fmlit.core.processes import ProcessGroup
 
 
@@ -18,6 +18,19 @@ class Hash(NamedTuple):
 
     digest: str
     name: str
+
+
+@contextmanager
+def file_errors(path: str | Path) -> Iterator[None]:
+    """Raise a ``FileError`` that names ``path`` where writing to it fails inside the block."""
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(
+            f"cannot write {path}: {error.strerror or error}; free space there, make it writable, or choose another"
+        ) from error
 
 
 @contextmanager
@@ -74,7 +87,7 @@ def new_folder(path: Path, ranks: ProcessGroup = ProcessGroup()) -> Iterator[Pat
 
     Raises:
         UserError: the path exists already and is not an empty folder.
-        OSError: the folder cannot be written.
+        FileError: the folder cannot be written.
     """
     whole = path.resolve()  # "." has no name
     partial = whole.with_name(f".{whole.name}.partial") if whole.name else whole
@@ -83,10 +96,12 @@ def new_folder(path: Path, ranks: ProcessGroup = ProcessGroup()) -> Iterator[Pat
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{path} exists already: remove it, or choose another name")
         shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed process
-        partial.mkdir(parents=True)
+        with file_errors(path):
+            partial.mkdir(parents=True)
 
     def end() -> None:
-        partial.replace(whole)
+        with file_errors(path):
+            partial.replace(whole)
 
     ranks.from_first(begin)
     try:
@@ -104,12 +119,13 @@ def new_file(path: str, *endings: str) -> Path:
 
     Raises:
         UserError: the path does not end in one of ``endings``.
-        OSError: the folder cannot be created or written.
+        FileError: the folder cannot be created or written.
     """
     file = Path(path)
     if file.suffix.lower() not in endings:
         raise UserError(f"{path} must end in {' or '.join(endings)}")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with file_errors(path):
+        file.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(file.parent, os.W_OK) or file.is_dir():
-        raise OSError(f"cannot write {path}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")
+        raise FileError(f"cannot write {path}: {'it is a folder' if file.is_dir() else 'its folder is read-only'}")
     return file

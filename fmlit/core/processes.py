@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmlit.core.errors import MISTAKES, UserError
+
 T = TypeVar("T")
 
 
@@ -70,21 +72,21 @@ class ProcessGroup:
         """An exception on one rank inside the block ends it on all, instead of leaving the others in a collective.
 
         Raises:
-            UserError, RuntimeError: on the ranks that did not fail, naming the ones that did and why; a UserError
-                where the reason is one, or a file.
+            UserError: on the ranks that did not fail, where another rank raised a UserError or misses a file; the
+                message names that rank and why.
+            RuntimeError: the same, for any other error.
         """
         failure: Exception | None = None
         try:
             yield
         except Exception as error:
             failure = error
-        users_fault = isinstance(failure, (ValueError, OSError))
-        reports = self.gather_objects(None if failure is None else (str(failure), users_fault))
+        reports = self.gather_objects(None if failure is None else (str(failure), isinstance(failure, MISTAKES)))
         if failure is not None:
             raise failure
         for rank, report in enumerate(reports):
             if report is not None:
-                raise (ValueError if report[1] else RuntimeError)(f"rank {rank}: {report[0]}")
+                raise (UserError if report[1] else RuntimeError)(f"rank {rank}: {report[0]}")
 
     def from_first(self, produce: Callable[[], T]) -> T:
         """What ``produce()`` returns on rank 0, on every rank."""

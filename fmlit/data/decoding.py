@@ -6,23 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmlit.core.errors import UserError
+from fmlit.core.errors import FileError, UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow looks at the contents, not at the name: without this list, PostScript under a name ending in .png would be
 # handed to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-
-
-class PictureError(UserError):
-    """A picture that cannot be read, in one line.
-
-    A DataLoader rebuilds an exception of a worker process from the text of its whole traceback. The line that is meant
-    for people is the last one, after the name of this class.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 def find_pictures(folder: str | Path) -> list[str]:
@@ -56,7 +45,7 @@ def read_picture(path: str | Path, size: int) -> Tensor:
     The shorter side becomes ``size`` by Lanczos resampling, which averages over all source pixels when it shrinks.
 
     Raises:
-        PictureError: the file is not a picture, is damaged, truncated or absurdly large.
+        FileError: the file is not a picture, is damaged, truncated or absurdly large.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -66,7 +55,7 @@ def read_picture(path: str | Path, size: int) -> Tensor:
             square = ImageOps.fit(_to_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.LANCZOS)
     except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise PictureError(f"cannot read the picture {path} ({reason}): repair or remove it") from error
+        raise FileError(f"cannot read the picture {path} ({reason}): repair or remove it") from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 

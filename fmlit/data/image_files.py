@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmlit.core.errors import UserError
-from fmlit.data.decoding import FORMATS, PictureError, find_pictures
+from fmlit.core.errors import FileError, UserError
+from fmlit.data.decoding import FORMATS, find_pictures
 from fmlit.data.image_folder import PictureFolder
 from fmlit.data.stores import InMemoryDataset, LabeledDataset
 
@@ -86,7 +86,7 @@ def _check_sizes(root: str, names: Sequence[str], shape: tuple[int, ...]) -> Non
             with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
         except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
-            raise PictureError(f"cannot read the picture {path} ({error}): repair or remove it") from error
+            raise FileError(f"cannot read the picture {path} ({error}): repair or remove it") from error
         if (height, width) != shape[1:]:
             raise UserError(
                 f"{path} is {width}x{height} pixels, and the data {shape[2]}x{shape[1]}: images are scored as they are"

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fmlit.core.errors import FileError
+from fmlit.core.files import file_errors
 from fmlit.core.processes import ProcessGroup
 
 log = logging.getLogger(__name__)
@@ -38,14 +40,15 @@ class Results:
     Two jobs may share the file.
 
     Raises:
-        OSError: the folder cannot be written.
+        FileError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "results.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
+        with file_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise OSError(f"cannot write {self.path}: its folder is read-only; choose another with --out")
+            raise FileError(f"cannot write {self.path}: its folder is read-only; choose another with --out")
 
     def complete(self, measurements: Sequence[Measurement], ranks: ProcessGroup) -> list[Record]:
         """The records of all measurements. Only those that the file lacks are measured. Prints a line for each."""

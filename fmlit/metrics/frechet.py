@@ -93,7 +93,7 @@ class GaussianStatistics:
         ranks = group or ProcessGroup.current()
         counts, dimensions = zip(*ranks.gather_objects((self.count, self.dimension)), strict=True)
         if len(set(dimensions) - {0}) > 1:
-            raise UserError(f"ranks hold features of different dimensions {dimensions}")
+            raise ValueError(f"ranks hold features of different dimensions {dimensions}")
         total = GaussianStatistics()
         total.count = sum(counts)
         if total.count == 0:

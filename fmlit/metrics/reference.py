@@ -179,11 +179,11 @@ def reference_statistics(
         progress: wraps the stream of batches to show a bar.
 
     Raises:
-        UserError: fewer than two images, an image that is not uint8 or of another size, no fingerprint, or a cached
+        UserError: fewer than two images, an image that is not uint8 or of another size, or a cached
             file of this name that describes something else.
     """
     if not fingerprint:
-        raise UserError("reference statistics need the data's fingerprint: without one a cache could lie")
+        raise ValueError("reference statistics need the data's fingerprint: without one a cache could lie")
     ranks = ProcessGroup.current()
     images = _Images(dataset, split, flip)
     subset = np.random.default_rng(0).permutation(len(images))[:KEPT]

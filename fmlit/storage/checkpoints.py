@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from fmlit.core.errors import UserError
+from fmlit.core.errors import FileError, UserError
 from fmlit.core.files import Hash, HashingWriter, atomic_write, read_hashes, sha256, write_hashes
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint; an older one of that name stays until the new one is complete.
 
         Raises:
-            OSError: the folder cannot be written, or the disk is full. The message names folder and file.
+            FileError: the folder cannot be written, or the disk is full. The message names folder and file.
             UserError: the checkpoint holds objects that could not be loaded again with ``weights_only``.
         """
         if storage_options is not None:
@@ -48,7 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if previous:
                 _record(path, [digest])
         except OSError as error:
-            raise OSError(
+            raise FileError(
                 f"cannot write checkpoint {path.name} in {path.parent}: {error.strerror or error}; earlier checkpoints "
                 f"are untouched; free space there, make the folder writable, or choose another"
             ) from error

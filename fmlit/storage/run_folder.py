@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from fmlit.core.errors import UserError
+from fmlit.core.errors import FileError, UserError
 from fmlit.core.files import atomic_write
 
 
@@ -21,7 +21,7 @@ def claim(root: str | Path, name: str) -> Path:
 
     Raises:
         UserError: the name is not a plain folder name.
-        OSError: ``root`` cannot be written.
+        FileError: ``root`` cannot be written.
     """
     root = Path(root)
     if not name.strip() or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
@@ -40,7 +40,7 @@ def claim(root: str | Path, name: str) -> Path:
             folder.rmdir()
             raise
     except OSError as error:
-        raise OSError(f"cannot create a run folder in {root}: {error.strerror or error}; choose another") from error
+        raise FileError(f"cannot create a run folder in {root}: {error.strerror or error}; choose another") from error
     return folder
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
 
 
@@ -59,7 +60,7 @@ class GradientGuard:
         """Wait for the device; all ranks call it.
 
         Raises:
-            FloatingPointError: a gradient was not finite, and the weights are those before; or a loss, if scaled.
+            UserError: a gradient was not finite, and the weights are those before; or a loss, if scaled.
         """
         if self.scaled:
             self._check_losses()
@@ -68,7 +69,7 @@ class GradientGuard:
         totals = ProcessGroup.current().gather_objects(self._losses.item())
         ranks = [rank for rank, total in enumerate(totals) if not math.isfinite(total)]
         where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
-        raise FloatingPointError(
+        raise UserError(
             f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "
             f"as before it: lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
         )
@@ -82,7 +83,7 @@ class GradientGuard:
         self._noted, self._bad_checks = 0, self._bad_checks + 1 if ranks else 0
         self._losses.zero_()
         if self._bad_checks > 1:
-            raise FloatingPointError(
+            raise UserError(
                 f"the loss is not finite on rank {', '.join(map(str, ranks))}: use trainer.precision bf16-mixed or "
                 f"32-true, lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
             )

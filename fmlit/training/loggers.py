@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from fmlit.core.errors import UserError
 from fmlit.core.files import atomic_write
 from fmlit.storage.run_folder import wandb_id
 
@@ -157,7 +158,7 @@ class WandbLogger(LightningWandbLogger):
         try:
             import wandb  # noqa: F401
         except ImportError as error:
-            raise ImportError(
+            raise UserError(
                 f"wandb cannot be imported ({error}): pip install wandb, or leave this logger out"
             ) from error
         super().__init__(project=project, offline=offline, entity=entity, group=group, tags=tags)

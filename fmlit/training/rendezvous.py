@@ -7,11 +7,11 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.distributed import TCPStore
 
-from fmlit.core.errors import UserError
+from fmlit.core.errors import MISTAKES, UserError
 
 _calls = itertools.count()
 _hosted: list[TCPStore] = []  # rank 0's stores: the process group goes on with the server, so it must stay alive
@@ -24,8 +24,9 @@ def agree(decide: Callable[[], str], timeout_s: float = 300.0) -> str:
     children from rank 0 after this call: they inherit an environment variable. All call this in the same order.
 
     Raises:
-        UserError: ``decide`` failed on rank 0 (which raises the error itself), or this process has no rank 0.
-        OSError: the processes do not find each other within ``timeout_s`` seconds.
+        UserError: ``decide`` raised one on rank 0, the processes do not find each other within ``timeout_s`` seconds,
+            or this process has no rank 0.
+        RuntimeError: ``decide`` raised another error on rank 0, which raises it itself.
     """
     call = next(_calls)
     meeting = find_meeting()
@@ -84,7 +85,7 @@ def connect(meeting: Meeting, timeout_s: float) -> TCPStore:
         )
     except RuntimeError as error:
         problem = "cannot listen" if hosting else f"did not find rank 0 within {timeout_s:g} s"
-        raise OSError(
+        raise UserError(
             f"rank {rank} {problem} at {address}:{port} ({_first_line(error)}); look at what rank 0 says, or set "
             f"MASTER_PORT to a free port"
         ) from error
@@ -109,11 +110,11 @@ def _listen(store: TCPStore, key: str, rank: int, timeout_s: float) -> str:
             store.set(f"{said}/{mine}/heard", "")
             break
     except RuntimeError as error:
-        raise TimeoutError(
+        raise UserError(
             f"rank {rank} heard nothing from rank 0 ({_first_line(error)}); look at what that says"
         ) from error
     if "error" in answer:
-        raise UserError(f"rank 0: {answer['error']}")
+        raise (UserError if answer["mistake"] else RuntimeError)(f"rank 0: {answer['error']}")
     return answer["value"]
 
 
@@ -125,9 +126,9 @@ def _announce(store: TCPStore, key: str, decide: Callable[[], str], world_size: 
     """
     failure: Exception | None = None
     try:
-        answer = {"value": decide()}
+        answer: dict[str, Any] = {"value": decide()}
     except Exception as error:
-        failure, answer = error, {"error": _first_line(error)}
+        failure, answer = error, {"error": _first_line(error), "mistake": isinstance(error, MISTAKES)}
     leader = uuid.uuid4().hex
     said = f"{key}/{leader}"
     store.set(said, json.dumps(answer))
@@ -144,7 +145,7 @@ def _announce(store: TCPStore, key: str, decide: Callable[[], str], world_size: 
     if failure is not None:
         raise failure
     if missing:
-        raise TimeoutError(
+        raise UserError(
             f"ranks {sorted(missing)} of {world_size} did not come; was the script started by torchrun or srun?"
         )
     return answer["value"]

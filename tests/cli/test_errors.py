@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fmlit.cli import errors
+from fmlit.core.errors import FileError, LostProcessError, UserError
 from fmlit.training.modules import FlowMatchingModule
 from tests.helpers.tiny_cli import CONFIGS, recipe, runs_in, train
 
@@ -74,6 +75,12 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--trainer.devicess=3", "trainer.devicess: no such option; did you mean trainer.devices?"),
         ("--trainer.max_epochs=3", "trainer.max_epochs: no such option; did you mean trainer.max_steps?"),
         ("--samples.sampler.stepps=3", "samples.sampler.stepps: no such option; did you mean samples.sampler.steps?"),
+        ("--lr=3", "lr: no such option; did you mean model.learning_rate?"),
+        ("--model.lr=3", "model.lr: no such option; did you mean model.learning_rate?"),
+        ("--learning_rates=3", "learning_rates: no such option; did you mean model.learning_rate?"),
+        ("--batch_size=3", "batch_size: no such option; did you mean data.batch_size?"),
+        ("--width=3", "width: no such option; did you mean model.net.width?"),
+        ("--epochs=3", "epochs: no such option; did you mean images?"),
         ("--model.net.shape=3", "model.net.shape: cannot be set; whatever builds fmlit.MLP passes it"),
     ],
 )
@@ -125,6 +132,10 @@ def test_unknown_keys_of_a_recipe_are_named_as_on_the_command_line(
         ("--model.net=fmlit.models.unet.Unet", "model.net", "did you mean fmlit.UNet?"),
         ("--model.net=nowhere.Net", "model.net", "No module named 'nowhere'"),
         ("--model.path=CosinPath", "model.path", "did you mean fmlit.CosinePath?"),
+        ("--model.path=VP", "model.path", "there is no class VP; did you mean fmlit.VPPath?"),
+        ("--model.path=cosinepath", "model.path", "did you mean fmlit.CosinePath?"),
+        ("--trainer.logger=wandb", "trainer.logger", "there is no class wandb; did you mean fmlit.WandbLogger?"),
+        ("--trainer.callbacks=[Nothing]", "trainer.callbacks", "there is no class Nothing"),
         ("--data=Xyz", "data", "there is no class Xyz"),
         ("--trainer.logger=WandbLoger", "trainer.logger", "did you mean fmlit.WandbLogger?"),
     ],
@@ -248,9 +259,31 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys: pytest.Captu
     with pytest.raises(ZeroDivisionError), errors.one_line_errors():
         _ = 1 // 0
     with pytest.raises(SystemExit) as end, errors.one_line_errors():
-        raise OSError("disk full\nand more")
+        raise FileError("disk full\nand more")
     assert end.value.code == 2
     assert capsys.readouterr().err == "error: disk full; and more\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("a key: wrong"), 2, "error: a key: wrong"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
+        (LostProcessError("lost another process"), 1, "error: lost another process"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_takes_one_line(capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str) -> None:
+    with pytest.raises(SystemExit) as end, errors.one_line_errors():
+        raise error
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, ConnectionError, ImportError, FloatingPointError])
+def test_what_keeps_its_traceback(kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="mine"), errors.one_line_errors():
+        raise kind("mine")
 
 
 @pytest.mark.parametrize("orphaned", [False, True])
@@ -269,16 +302,11 @@ def test_other_ranks_speak_only_where_rank_0_has_not_failed_as_well(
     assert capsys.readouterr().err == ("" if orphaned else "error: rank 3: no space left\n")
 
 
-def test_two_objects_of_one_class_are_told_apart_by_their_arguments() -> None:
-    class Part:
-        def __init__(self, size: int) -> None:
-            if size > 3:
-                raise ValueError("too large")
-
-    config = {"first": {"size": 3}, "second": {"size": 4}}
-    with pytest.raises(ValueError, match="too large") as error:
-        Part(4)
-    assert errors.blame(error.value, config, {"first": Part, "second": Part}) == "second: too large"
+@pytest.mark.parametrize("first", ["samples", "quality"])
+def test_two_objects_of_one_class_are_told_apart(tmp_path: Path, first: str) -> None:
+    """Both are equal but for what is nested in them, in lists, or said of the default."""
+    steps = ("--samples.sampler.steps=7", "--quality.sampler.steps=7", f"--{first}.sampler.grid.rho=0")
+    assert train(tmp_path, *steps).error.startswith(f"{first}.sampler.grid: EDMGrid.rho must be positive")
 
 
 def test_the_script_itself_ends_with_code_2_and_one_line_before_processes_start(tmp_path: Path) -> None:

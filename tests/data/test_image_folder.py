@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from fmlit.core.errors import FileError
 from fmlit.data import ImageFolder
-from fmlit.data.decoding import PictureError, find_pictures, read_picture
+from fmlit.data.decoding import find_pictures, read_picture
 
 
 def save(path, array=None, colour=(200, 30, 90), size=(8, 8), **options):
@@ -148,7 +149,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, level, grey, name):
 
 @pytest.mark.parametrize("array", [np.full((8, 8), 70000, np.int32), np.full((8, 8), 0.5, np.float32)])
 def test_levels_without_a_white_are_refused(tmp_path, array):
-    with pytest.raises(PictureError, match=r"odd\.tif .*no fixed white"):
+    with pytest.raises(FileError, match=r"odd\.tif .*no fixed white"):
         read_picture(save(tmp_path / "odd.tif", array), 4)
 
 
@@ -205,7 +206,7 @@ def test_postscript_never_reaches_ghostscript(tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: called.append(True))
     (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
-    with pytest.raises(PictureError):
+    with pytest.raises(FileError):
         read_picture(tmp_path / "x.png", 8)
     assert not called
 
@@ -216,7 +217,7 @@ def test_decompression_bombs_are_refused(tmp_path):
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
-    with pytest.raises(PictureError, match=r"bomb\.png .*decompression bomb"):
+    with pytest.raises(FileError, match=r"bomb\.png .*decompression bomb"):
         read_picture(tmp_path / "bomb.png", 8)
 
 
@@ -250,8 +251,8 @@ def test_workers_give_the_stream_of_the_training_process(tmp_path):
 def test_the_data_set_travels_to_spawned_workers(two_classes):
     items = ImageFolder(str(two_classes), size=4).dataset("train")
     assert torch.equal(pickle.loads(pickle.dumps(items))[1][0], items[1][0])
-    error = pickle.loads(pickle.dumps(PictureError("cannot read")))
-    assert (type(error), str(error)) == (PictureError, "cannot read")
+    error = pickle.loads(pickle.dumps(FileError("cannot read")))
+    assert (type(error), str(error)) == (FileError, "cannot read")
 
 
 def test_the_fingerprint_follows_files_size_and_classes(two_classes):

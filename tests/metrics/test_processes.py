@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.metrics import GaussianStatistics, ImageQuality, PixelFeatures, reference_statistics
 
@@ -20,17 +21,17 @@ def pictures(n: int, seed: int) -> torch.Tensor:
 
 
 class Real(torch.utils.data.Dataset):
-    """130 labelled pictures; ``broken`` cannot be read."""
+    """130 labelled pictures; ``broken`` cannot be read, and raises an error of some kind."""
 
-    def __init__(self, broken: int | None = None) -> None:
-        self.images, self.broken = pictures(130, 1), broken
+    def __init__(self, broken: int | None = None, kind: type[Exception] = UserError) -> None:
+        self.images, self.broken, self.kind = pictures(130, 1), broken, kind
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int):
         if index == self.broken:
-            raise ValueError(f"picture {index} is broken")
+            raise self.kind(f"picture {index} is broken")
         return self.images[index], 0
 
 
@@ -56,10 +57,11 @@ def check(cache: Path) -> dict:
     found["rows"] = ranks.gather_rows(rows if ranks.rank else torch.empty(0, 0, dtype=torch.int64)).flatten().tolist()
     empty = GaussianStatistics().reduce()
     found["empty"] = (empty.count, empty.dimension)
-    try:
-        reference_statistics(Real(broken=17), "broken", PixelFeatures(), "train", cache, batch_size=16)
-    except ValueError as error:
-        found["broken"] = str(error)
+    for kind in (UserError, FileNotFoundError, ValueError, OSError):
+        try:
+            reference_statistics(Real(17, kind), kind.__name__, PixelFeatures(), "train", cache, batch_size=16)
+        except Exception as error:
+            found[kind.__name__] = (type(error).__name__, str(error))
     kept = reference(cache)
     return {**found, "reference": (kept.mean, kept.covariance, kept.features, kept.indices)}
 
@@ -99,7 +101,12 @@ def test_processes_together_find_what_one_finds(size, alone, tmp_path):
         assert result["rows"] == [100 * r + i for r in range(size) for i in range(3 * r)]
         assert result["empty"] == (0, 0)
         # images 16 to 31 are the second batch: rank 1 meets the broken one, and all of them say so
-        assert result["broken"] == ("picture 17 is broken" if rank == 1 else "rank 1: picture 17 is broken")
+        for kind in ("UserError", "FileNotFoundError", "ValueError", "OSError"):
+            elsewhere = "UserError" if kind in ("UserError", "FileNotFoundError") else "RuntimeError"
+            here = rank == 1
+            assert result[kind] == (
+                (kind, "picture 17 is broken") if here else (elsewhere, "rank 1: picture 17 is broken")
+            )
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
+from fmlit.core.errors import FileError
 from fmlit.storage.run_folder import claim, newest, wandb_id
 from fmlit.training import rendezvous
 from fmlit.training.launch import begin
@@ -128,7 +129,7 @@ def test_root_that_cannot_be_written(tmp_path, out):
 
     (message,) = results([start(without_rights, out)], out)
     folder.rmdir()
-    assert message == f"OSError: cannot create a run folder in {folder}: Permission denied; choose another"
+    assert message == f"FileError: cannot create a run folder in {folder}: Permission denied; choose another"
 
 
 def test_full_disk_leaves_no_folder(tmp_path, out):
@@ -141,7 +142,7 @@ def test_full_disk_leaves_no_folder(tmp_path, out):
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     (message,) = results([start(full, out)], out)
-    assert message == f"OSError: cannot create a run folder in {tmp_path / 'runs'}: File too large; choose another"
+    assert message == f"FileError: cannot create a run folder in {tmp_path / 'runs'}: File too large; choose another"
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -285,14 +286,15 @@ def test_slurm_tasks_agree_and_the_process_group_still_starts(tmp_path, out):
     assert results([late, first], out) == [expected, expected]
 
 
-def test_failure_of_rank_0_reaches_all(out):
+@pytest.mark.parametrize(("kind", "elsewhere"), [(FileError, "UserError"), (OSError, "RuntimeError")])
+def test_failure_of_rank_0_reaches_all(out, kind, elsewhere):
     port = find_free_network_port()
 
     def fail():
-        raise OSError("no space\nleft")
+        raise kind("no space\nleft")
 
     tasks = [start(lambda: agree(fail, timeout_s=20), out, **slurm_task(rank, port, 3)) for rank in range(3)]
-    assert results(tasks, out) == ["OSError: no space\nleft", *["UserError: rank 0: no space"] * 2]
+    assert results(tasks, out) == [f"{kind.__name__}: no space\nleft", *[f"{elsewhere}: rank 0: no space"] * 2]
 
 
 def test_missing_processes_are_named(out):
@@ -303,11 +305,11 @@ def test_missing_processes_are_named(out):
 
     tasks = [start(task, out, **slurm_task(rank, port, 4)) for rank in (0, 2)]
     assert results(tasks, out) == [
-        "TimeoutError: ranks [1, 3] of 4 did not come; was the script started by torchrun or srun?",
+        "UserError: ranks [1, 3] of 4 did not come; was the script started by torchrun or srun?",
         "x",
     ]
     (alone,) = results([start(task, out, **slurm_task(1, find_free_network_port()))], out)
-    assert alone.startswith("OSError: rank 1 did not find rank 0 within 1 s at 127.0.0.1:")
+    assert alone.startswith("UserError: rank 1 did not find rank 0 within 1 s at 127.0.0.1:")
     assert "\n" not in alone
 
 

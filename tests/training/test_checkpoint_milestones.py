@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from fmlit.core.errors import UserError
 from fmlit.storage.checkpoints import load, newest_valid, verify
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint
@@ -182,7 +183,7 @@ def test_a_model_that_has_come_apart_is_not_kept(tmp_path):
         module.guard.note(torch.tensor([torch.nan]))
         module.guard._bad_since.fill_(24)
 
-    with pytest.raises(FloatingPointError, match="the gradient is not finite after 24 images"):
+    with pytest.raises(UserError, match="the gradient is not finite after 24 images"):
         fit(module, tmp_path, 4, At(24, spoil), Checkpoint(None, milestones=[24]))
     assert not kept(tmp_path)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fmlit.core.errors import UserError
 from fmlit.training.gradients import GradientGuard
 
 
@@ -40,10 +41,10 @@ def test_a_gradient_that_is_not_finite_is_named_with_the_images_and_the_loss(val
     guard.check()
     net.weight.grad[1, 2] = value
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    with pytest.raises(FloatingPointError, match=r"^the gradient is not finite after 1,200 images; weights and"):
+    with pytest.raises(UserError, match=r"^the gradient is not finite after 1,200 images; weights and"):
         guard.admit(optimizer, 1200, 1.0, "norm")
     guard.note(torch.tensor([1.0, value]))
-    with pytest.raises(FloatingPointError, match=r"after 1,200 images, where the loss was not finite on rank 0; "):
+    with pytest.raises(UserError, match=r"after 1,200 images, where the loss was not finite on rank 0; "):
         guard.check()  # it still knows when that began
 
 
@@ -72,5 +73,5 @@ def test_with_scaled_gradients_a_loss_that_is_not_finite_ends_the_run():
         guard.check()
         guard.check()
     guard.note(torch.tensor([1.0, torch.nan]))
-    with pytest.raises(FloatingPointError, match=r"the loss is not finite on rank 0: use trainer\.precision"):
+    with pytest.raises(UserError, match=r"the loss is not finite on rank 0: use trainer\.precision"):
         guard.check()

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 
-from fmlit.core.errors import UserError
+from fmlit.core.errors import FileError, UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.data.data_module import DataModule
 from fmlit.storage.descriptions import describe
@@ -79,10 +79,10 @@ class Checkpoint(EveryImages):
                     trainer.strategy.remove_checkpoint(path.parent / _name(images))
 
     def _save(self, trainer: pl.Trainer, path: Path) -> bool:
-        """Save the newest checkpoint; returns whether that went well, and raises an OSError if it must."""
+        """Save the newest checkpoint; returns whether that went well, and raises a FileError if it must."""
         if problem := save(trainer, path):
             if self.on_error == "abort":
-                raise OSError(problem)
+                raise FileError(problem)
             if trainer.is_global_zero:
                 log.warning("%s; training goes on", problem)
             return False

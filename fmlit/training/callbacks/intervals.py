@@ -80,7 +80,7 @@ def check_sampler(sampler: Sampler, module: GenerativeModule, key: str) -> None:
     """Raise a UserError with the key, before training, where the sampler cannot sample from the module's model."""
     try:
         sampler.check(module.model)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
 

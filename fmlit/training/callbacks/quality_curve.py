@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 
-from fmlit.core.errors import UserError
+from fmlit.core.errors import FileError, UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.core.randomness import image_seeds
 from fmlit.data.stores import warn_of_uneven_classes
@@ -115,7 +115,7 @@ class QualityCurve(EveryImages):
             before, self.best, self._best_of = (self.best, self._best_of), first, name
             if problem := save(trainer, Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"):
                 if not goes_on_without(trainer):
-                    raise OSError(problem)
+                    raise FileError(problem)
                 self.best, self._best_of = before
                 if trainer.is_global_zero:
                     log.warning("%s; training goes on", problem)
