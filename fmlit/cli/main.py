@@ -22,6 +22,8 @@ COMMANDS = {
     "train": Command("fmlit.cli.train:train", "train a generator by a recipe; without --config, the quickstart"),
     "sample": Command("fmlit.cli.sample:sample", "draw samples of a trained model"),
     "evaluate": Command("fmlit.cli.evaluate:evaluate", "score a trained model by FID, KID, precision and recall"),
+    "score": Command("fmlit.cli.score:score", "score pictures of any origin against a data set"),
+    "reference": Command("fmlit.cli.reference:reference", "compute the statistics of real images in advance"),
     "export": Command("fmlit.cli.export:export", "write a trained model into a folder for others to use"),
 }
 INTERRUPTED = 130  # the exit code of a shell's own commands after Ctrl-C
@@ -63,7 +65,7 @@ def _run(name: str, options: Sequence[str]) -> None:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:11}{command.summary}" for name, command in COMMANDS.items())
     return f"""usage: fmlit COMMAND [--KEY VALUE ...]
 
 {(fmlit.__doc__ or "").splitlines()[0]}

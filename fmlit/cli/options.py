@@ -8,12 +8,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from jsonargparse import auto_cli
+from jsonargparse import ActionConfigFile
 from jsonargparse.typing import register_type
 
 from fmlit.cli import errors
@@ -58,23 +59,43 @@ _register(Names, str, "one,two")
 def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str], program: str | None = None) -> None:
     """Call ``command`` with options from the command line, then print what it returns as one line of JSON.
 
-    The signature is the list of options, the docstring their help; ``--save-images`` is the same as ``--save_images``,
-    and a switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing.
+    The signature is the list of options, the docstring their help. A parameter whose type is a dataclass stands for the
+    fields of that class: they are options beside the others. ``--save-images`` is the same as ``--save_images``, and a
+    switch on its own is on. A ``command`` that returns None (on every rank but the first) prints nothing.
     ``program`` is the name in the usage line, by default that of the script.
     """
+    groups = _groups(command)
     with errors.one_line_errors(), warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes all that it is given
-        summary = auto_cli(
-            command,
-            args=_normalised(args, inspect.signature(command).parameters.values()),
-            as_positional=False,
-            parser_class=Parser,
+        parser = Parser(
             description=(inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
             usage=f"{program or Path(sys.argv[0]).name} [--KEY VALUE ...]",
             allow_abbrev=False,
         )
+        parser.add_argument("--config", action=ActionConfigFile, help="Path to a configuration file.")
+        parser.add_function_arguments(command, as_group=False, skip=set(groups), sub_configs=True)
+        for group in groups.values():
+            parser.add_class_arguments(group, sub_configs=True)
+        options = vars(parser.instantiate(parser.parse_args(_normalised(args, options_of(command)))))
+        del options["config"]
+        for name, group in groups.items():
+            options[name] = group(**{field.name: options.pop(field.name) for field in fields(group)})
+        summary = command(**options)
         if summary is not None:
             print(json.dumps(summary), flush=True)
+
+
+def options_of(command: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The options of a command: its parameters, and in place of a dataclass the fields of that."""
+    groups = _groups(command)
+    parameters = inspect.signature(command).parameters.values()
+    return [option for p in parameters for option in (options_of(groups[p.name]) if p.name in groups else [p])]
+
+
+def _groups(command: Callable[..., Any]) -> dict[str, Any]:
+    """The dataclasses among the types of a command's parameters, by the parameter's name."""
+    parameters = inspect.signature(command).parameters.values()
+    return {parameter.name: parameter.annotation for parameter in parameters if is_dataclass(parameter.annotation)}
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

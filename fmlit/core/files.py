@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and their SHA-256 in the format of ``sha256sum``."""
+"""Atomic files and folders, and SHA-256 sums in the format of ``sha256sum``."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from fmlit.core.processes import ProcessGroup
 
 
 class Hash(NamedTuple):
-    """A line of ``sha256sum``: 64 hexadecimal digits, and the file's name."""
+    """A line of ``sha256sum``: 64 hexadecimal digits and the name of the file."""
 
     digest: str
     name: str
@@ -22,8 +22,8 @@ class Hash(NamedTuple):
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of ``path`` at once and durably when the block ends; if it fails, nothing is left."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: only there is a move atomic
+    """Atomically replace ``path`` when the block ends. If the block fails, ``path`` stays as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a move is atomic only within a folder
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -32,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # makes the move itself durable
+            os.fsync(folder)  # makes the move durable
         finally:
             os.close(folder)
     finally:
@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 class HashingWriter:
-    """What torch.save needs of a file, hashing on the way."""
+    """A file for ``torch.save`` that hashes what is written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256, self.flush = file, hashlib.sha256(), file.flush
@@ -51,28 +51,30 @@ class HashingWriter:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_hashes(path: Path) -> list[Hash]:
-    """What a file of hashes says; nothing where there is no such file, or no such line in it."""
+    """Read the lines of a file of hashes. A missing file, or one without such lines, gives an empty list."""
     text = path.read_text(errors="replace") if path.exists() else ""
     return [Hash(*line) for line in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)]
 
 
 def write_hashes(path: Path, hashes: Iterable[Hash]) -> None:
+    """Atomically write a file of hashes."""
     with atomic_write(path) as file:
         file.write("".join(f"{digest}  {name}\n" for digest, name in hashes).encode())
 
 
 @contextmanager
 def new_folder(path: Path, ranks: ProcessGroup = ProcessGroup()) -> Iterator[Path]:
-    """A folder to fill, by all ranks; it appears under its name when the block ends, and not at all if that fails.
+    """A folder that all ranks fill. It appears under its name when the block ends, or not at all if the block fails.
 
     Raises:
-        UserError: there is something of that name already, other than an empty folder.
-        OSError: it cannot be written.
+        UserError: the path exists already and is not an empty folder.
+        OSError: the folder cannot be written.
     """
     whole = path.resolve()  # "." has no name
     partial = whole.with_name(f".{whole.name}.partial") if whole.name else whole
@@ -80,7 +82,7 @@ def new_folder(path: Path, ranks: ProcessGroup = ProcessGroup()) -> Iterator[Pat
     def begin() -> None:
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise UserError(f"{path} exists already: remove it, or choose another name")
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+        shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed process
         partial.mkdir(parents=True)
 
     def end() -> None:
@@ -98,11 +100,11 @@ def new_folder(path: Path, ranks: ProcessGroup = ProcessGroup()) -> Iterator[Pat
 
 
 def new_file(path: str, *endings: str) -> Path:
-    """A path that can be written, looked at before the work rather than after it; its folder is made.
+    """Check that a path can be written, before the work and not after it. Its folder is created.
 
     Raises:
-        UserError: it does not end in one of ``endings``.
-        OSError: its folder cannot be made or written.
+        UserError: the path does not end in one of ``endings``.
+        OSError: the folder cannot be created or written.
     """
     file = Path(path)
     if file.suffix.lower() not in endings:

@@ -1,4 +1,4 @@
-"""Where results go: folders that appear whole or not at all, files that can be written, a bar beneath the work."""
+"""Progress bars."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,6 @@ T = TypeVar("T")
 
 
 def progress(batches: Iterable[T], total: int, what: str, shown: bool = True) -> Iterator[T]:
-    """The batches, with a bar beneath them if this is a terminal."""
+    """Yield the batches and show a progress bar, if stderr is a terminal."""
     shown = shown and sys.stderr.isatty()
     yield from track(batches, what, total, console=Console(stderr=True), transient=True, disable=not shown)

@@ -1,9 +1,9 @@
-"""Random draws that depend on what is drawn, not on who draws it, or when.
+"""Random draws that depend on what is drawn, and not on which process draws it, or when.
 
-* Training: every draw of a global batch comes from a generator keyed by ``(seed, images_seen, stream)``; each rank
-  takes its slice of it. Nothing needs saving, resuming is exact, and no two ranks or accumulation steps share noise.
-* Sampling: every image owns its noise, keyed by its own seed, so that image i does not depend on the batch it was
-  drawn in, on the number of processes, or on the device.
+* In training, every draw of a global batch comes from a generator keyed by ``(seed, images_seen, stream)``. Each rank
+  takes its slice. No generator state is saved, resuming is exact, and no two ranks or accumulated batches share noise.
+* In sampling, every image owns its noise, which is keyed by the seed of the image. So image i does not depend on its
+  batch, on the number of processes, or on the device.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fmlit.core.errors import UserError
 
-VALUES_PER_THREAD = 250_000  # a few milliseconds; starting a thread takes a tenth of one
+VALUES_PER_THREAD = 250_000  # takes a few milliseconds, and starting a thread a tenth of one
 
 
 def key(seed: int, *parts: int | str) -> int:
-    """A 63-bit key of a seed and what it is for."""
+    """Hash a seed and its purpose to a 63-bit key."""
     digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -32,7 +32,7 @@ def training_generator(seed: int, images_seen: int, stream: str, device: torch.d
 
 
 def seed_layers(number: int, device: torch.device) -> None:
-    """Seed what dropout draws from on this device. ``torch.manual_seed`` does it for all devices, and takes 0.1 ms."""
+    """Seed the generator that dropout uses on this device. ``torch.manual_seed`` seeds all devices and takes 0.1 ms."""
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(number)
         return
@@ -42,17 +42,17 @@ def seed_layers(number: int, device: torch.device) -> None:
 
 
 def image_seeds(seed: int, indices: Sequence[int] | Tensor) -> Tensor:
-    """Seeds of images ``indices`` of the collection ``seed``: int64 (B,), distinct for all indices below 2^32."""
+    """The seeds of images ``indices`` in the collection ``seed``: int64 (B,), distinct for all indices below 2^32."""
     if not 0 <= seed < 2**31:
         raise UserError(f"seed must lie in [0, 2^31), got {seed}")
     return torch.as_tensor(indices, dtype=torch.int64) + (seed << 32)
 
 
 def image_noise(seeds: Tensor, shape: Sequence[int], stream: str = "init", step: int = 0) -> Tensor:
-    """Standard normal noise (B, *shape) in float32 on the CPU; row i depends on ``seeds[i]``, stream and step only.
+    """Draw standard normal noise (B, *shape), float32 on the CPU. Row i depends only on ``seeds[i]``, stream and step.
 
-    Philox is counter-based: the key is used as it is, so different seeds cannot collide (torch's CPU generator keeps
-    32 bits of a seed, with which 50,000 images would share noise once in four runs).
+    Philox is counter-based and uses the whole key, so different seeds cannot collide. Torch's CPU generator keeps only
+    32 bits of a seed. With it, two of 50,000 images would share their noise in one of four runs.
     """
     noise = torch.empty(len(seeds), *shape, dtype=torch.float32)
     rows, numbers, purpose = noise.reshape(len(seeds), math.prod(shape)).numpy(), seeds.tolist(), key(step, stream)
@@ -63,14 +63,14 @@ def image_noise(seeds: Tensor, shape: Sequence[int], stream: str = "init", step:
 
     if threads == 1:
         fill(0)
-    else:  # numpy draws without Python's lock
+    else:  # numpy releases the global interpreter lock
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, range(threads)))
     return noise
 
 
 def _fill(rows: np.ndarray, seeds: Sequence[int], purpose: int) -> None:
-    """Each row as ``Generator(Philox(key=[seed, purpose]))`` draws it; making these takes longer than to draw."""
+    """Fill each row as ``Generator(Philox(key=[seed, purpose]))`` would. One generator is reseeded to save time."""
     philox = np.random.Philox(key=np.array([0, purpose], dtype=np.uint64))
     generator, fresh = np.random.Generator(philox), philox.state
     for row, seed in zip(rows, seeds, strict=True):

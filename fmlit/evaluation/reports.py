@@ -1,63 +1,48 @@
-"""Results of an evaluation: a file of JSON lines that an interrupted one goes on from, a table, a plot, W&B."""
+"""Reports of an evaluation: a table, a plot, and both in W&B."""
 
-import hashlib
-import json
-import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
+from fmlit.core.processes import ProcessGroup
+from fmlit.evaluation.results import Measurement, Record, Results
 
-Record = dict[str, Any]  # what a cell of a sweep is of, and under "scores" what came out
+SETTINGS = ("name", "weights", "nfe", "seconds")  # the columns of a table before the scores
+SUMMARY = ("name", "weights", "n", "nfe", "protocol", "scores", "seconds", "cost")  # what a summary keeps of a record
 
-SETTINGS = ("name", "weights", "nfe", "seconds")  # what a table shows of a record beside its scores
 
+def report(
+    results: Results, measurements: Sequence[Measurement], ranks: ProcessGroup, project: str | None = None
+) -> Record | None:
+    """Complete the results, print them as a table, and write ``table.md`` and ``plot.png`` beside them.
 
-class Results:
-    """``results.jsonl`` in a folder: one line per cell of a sweep, appended when the cell is done.
+    Args:
+        results: the file that holds earlier measurements, and gets the new ones.
+        measurements: what the report shows, in this order.
+        ranks: the processes that share the work; all of them must call.
+        project: of W&B, which gets table and plot; None sends nothing.
 
-    A cell is known by its identity, which holds everything that its scores depend on. Two jobs may share the file.
+    Returns:
+        A summary, with the paths of the files and the main values of each measurement; None on all ranks but the first.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "results.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise OSError(f"cannot write {self.path}: its folder is read-only; choose another with --out")
-
-    def find(self, identity: Record) -> Record | None:
-        """The record of an earlier evaluation, if there is one."""
-        key = _key(identity)
-        return next((record for record in reversed(self._read()) if record["key"] == key), None)
-
-    def add(self, identity: Record, outcome: Record) -> Record:
-        """Append a line, in one write; returns the record."""
-        record = {"key": _key(identity), **identity, **outcome}
-        half_a_line = self.path.exists() and not self.path.read_bytes().endswith(b"\n")  # of a killed process
-        with open(self.path, "ab") as file:
-            file.write(b"\n" * half_a_line + json.dumps(record).encode() + b"\n")
-        return record
-
-    def _read(self) -> list[Record]:
-        records = []
-        for line in self.path.read_text(errors="replace").splitlines() if self.path.exists() else []:
-            try:
-                record = json.loads(line)
-                if "key" in record:
-                    records.append(record)
-            except (TypeError, ValueError):
-                log.warning("skipped a damaged line of %s", self.path)
-        return records
-
-
-def _key(identity: Record) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    records = results.complete(measurements, ranks)
+    if ranks.rank:
+        return None
+    text = markdown(table(records))
+    (results.folder / "table.md").write_text(text)
+    print(f"\n{text}")
+    drawn = [record for record in records if "nfe" in record]
+    picture = results.folder / "plot.png" if drawn else None
+    if picture is not None:
+        plot(drawn, picture)
+    if project is not None:
+        push(records, picture, project, results.folder)
+    cells = [{key: record[key] for key in SUMMARY if key in record} for record in records]
+    return {"results": str(results.path), "plot": str(picture) if picture else None, "cells": cells}
 
 
 def table(records: Sequence[Record]) -> list[list[Any]]:
-    """A header and one row for each record; None where a record lacks a value."""
+    """A header, then one row for each record. A value that a record lacks is None."""
     names = list(dict.fromkeys(name for record in records for name in record["scores"]))
     rows = [
         [record.get(name) for name in SETTINGS] + [record["scores"].get(name) for name in names] for record in records
@@ -66,7 +51,7 @@ def table(records: Sequence[Record]) -> list[list[Any]]:
 
 
 def markdown(rows: Sequence[Sequence[Any]]) -> str:
-    """A table whose source is aligned as well."""
+    """A Markdown table, with aligned columns in its source too."""
     texts = [["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in texts]
@@ -106,8 +91,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     figure.savefig(path)
 
 
-def push(records: Sequence[Record], picture: Path | None, project: str, folder: Path, name: str) -> None:
-    """Send table and plot to W&B: one run per results folder, however often the sweep is gone on with."""
+def push(records: Sequence[Record], picture: Path | None, project: str, folder: Path) -> None:
+    """Send table and plot to W&B. Each results folder has one run there, which every later call continues."""
     import wandb
 
     from fmlit.training.loggers import WandbLogger
@@ -115,7 +100,7 @@ def push(records: Sequence[Record], picture: Path | None, project: str, folder: 
     logger = WandbLogger(project=project)
     logger.attach(folder)
     run = logger.experiment
-    run.name = name
+    run.name = f"{folder.absolute().parent.name}-evaluation"
     header, *rows = table(records)
     content: dict[str, Any] = {"evaluation": wandb.Table(columns=header, data=rows)}
     if picture is not None:

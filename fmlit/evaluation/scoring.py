@@ -18,6 +18,7 @@ from fmlit.core.progress import progress
 from fmlit.core.randomness import training_generator
 from fmlit.core.tensors import expand_time
 from fmlit.data import DataModule
+from fmlit.data.data_module import Split
 from fmlit.data.stores import LabeledDataset
 from fmlit.flows.times import sampling_limits
 from fmlit.metrics import (
@@ -36,7 +37,8 @@ from fmlit.models.generative_model import GenerativeModel, evaluation_mode
 from fmlit.sampling.guidance import guided_velocity
 from fmlit.solvers import likelihood
 
-METRICS = (*get_args(Metric), "class", "bpd")
+MODEL_METRICS = ("class", "bpd")  # these ask the model, the others its images alone
+METRICS = (*get_args(Metric), *MODEL_METRICS)
 READABLE = 10_000  # real images that the class reader is fitted to: its time is quadratic in their number
 SMALL = 32  # pixels: Inception was made for larger images, and below this side it sees little but its own resize
 
@@ -84,8 +86,9 @@ class Scorer:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if "class" in metrics and data.num_classes is None:
             raise UserError(f"metric class needs classes, and {type(data).__name__} has none here")
-        self.data, self.metrics, self.splits, self.flip = data, tuple(metrics), tuple(splits), flip
-        self.cache, self.batch_size, self.device, self.ranks = cache, batch_size, device, ranks
+        self.data, self.metrics, self.flip = data, tuple(metrics), flip
+        self.splits = cast(tuple[Split, ...], tuple(splits))  # the data check them
+        self.cache, self.batch_size, self.device, self.ranks = cache, batch_size, torch.device(device), ranks
         self.distances = cast(tuple[Metric, ...], tuple(m for m in metrics if m in get_args(Metric)))
         self._features = features
 
@@ -98,24 +101,24 @@ class Scorer:
     def identity(self) -> dict[str, Any]:
         """What scores depend on besides the images."""
         identity: dict[str, Any] = {"metrics": [metric for metric in self.metrics if metric != "bpd"]}
-        splits = list(self.splits) if self.distances else []
+        splits = self.splits if self.distances else ()
         if self.distances:
             identity |= {"features": self.features.name, "features_weights": self.features.fingerprint}
-            identity |= {"splits": splits, "flip": self.flip}
+            identity |= {"splits": list(splits), "flip": self.flip}
         if "class" in self.metrics:
-            splits = sorted({*splits, "train"})
-        return identity | {"data": {split: self.data.fingerprint(split) for split in splits}}  # type: ignore[arg-type]
+            splits = tuple(sorted({*splits, "train"}))
+        return identity | {"data": {split: self.data.fingerprint(split) for split in splits}}
 
     @cached_property
     def references(self) -> list[Reference]:
         """The statistics of each split, from the cache or computed now."""
         return [self._reference(split) for split in self.splits]
 
-    def _reference(self, split: str) -> Reference:
+    def _reference(self, split: Split) -> Reference:
         def bar(loader: Iterable[Tensor]) -> Iterable[Tensor]:
             return progress(loader, len(cast(Sized, loader)), f"statistics of {split}", self.ranks.rank == 0)
 
-        dataset, fingerprint = self.data.dataset(split), self.data.fingerprint(split)  # type: ignore[arg-type]  # checks
+        dataset, fingerprint = self.data.dataset(split), self.data.fingerprint(split)
         return reference_statistics(
             dataset,
             fingerprint,
@@ -182,7 +185,7 @@ def bits_per_dimension(
     """Bits that the model needs per pixel and channel of n random test images, an upper bound; as ``Scorer.score``.
 
     The mean over images of ``-log2 p(z) / dimensions``, with its standard error: by dopri5 at 1e-5, Hutchinson's
-    estimate of the divergence and one draw of uniform dequantisation per image. A conditional model is asked for
+    estimate of the divergence and one draw of uniform dequantization per image. A conditional model is asked for
     p(z | label). Where the model's clock ends before t = 1, z enters as ``alpha z``, whose density is that of z divided
     by ``alpha^dimensions``.
     """
@@ -245,6 +248,6 @@ def _nearest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 def beside_neighbors(images: Tensor, indices: Tensor, dataset: LabeledDataset) -> Iterator[Tensor]:
-    """Each image (C, H, W), followed by its neighbours (k, C, H, W): the rows of a picture."""
-    for image, neighbours in zip(images, indices.tolist(), strict=True):
-        yield torch.cat([image[None].cpu(), dataset.batch(neighbours)[0]])
+    """Each image (C, H, W), followed by its neighbors (k, C, H, W): the rows of a picture."""
+    for image, neighbors in zip(images, indices.tolist(), strict=True):
+        yield torch.cat([image[None].cpu(), dataset.batch(neighbors)[0]])

@@ -1,6 +1,11 @@
-"""Couplings: which noise is trained with which data point.
+"""Couplings: which noise is paired with which data point in training.
 
-Flow matching holds for any joint law of (z, eps) with the right marginals; the choice bends or straightens the paths.
+Flow matching is valid for any joint distribution of (z, eps) with the right marginals. The choice decides how straight
+the trajectories of the ODE are.
+
+References:
+    Pooladian et al. 2023, "Multisample Flow Matching", https://arxiv.org/abs/2304.14772
+    Tong et al. 2024, "Improving and Generalizing Flow-Based Generative Models", https://arxiv.org/abs/2302.00482
 """
 
 from abc import ABC, abstractmethod
@@ -11,14 +16,14 @@ from torch import Tensor
 
 from fmlit.core.errors import UserError
 
-MAX_GROUP_SIZE = 16_384  # 2 GiB of costs; the time, cubic in the size, is then in minutes
+MAX_GROUP_SIZE = 16_384  # 2 GiB of costs. The time is cubic in the size, and takes minutes here.
 
 
 class Coupling(ABC):
     """Reorders a batch of noise, so that row i is trained with data point i.
 
     Attributes:
-        across_ranks: whether it wants the global micro-batch of all ranks at once, rather than each rank's slice.
+        across_ranks: whether the coupling needs the global micro-batch of all ranks instead of each rank's slice.
     """
 
     across_ranks: bool = False
@@ -29,12 +34,15 @@ class Coupling(ABC):
 
     @abstractmethod
     def __call__(self, z: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The rows of ``eps`` (B, *shape) in a new order, for data ``z`` (B, *shape) with labels (B,)."""
+        """Return the rows of ``eps`` (B, *shape) in a new order, for data ``z`` (B, *shape) with labels (B,)."""
 
 
 @dataclass(frozen=True)
 class IndependentCoupling(Coupling):
-    """Noise as it was drawn. The only coupling for which the path's score follows from its velocity."""
+    """Keeps the noise in the order in which it was drawn.
+
+    This is the only coupling for which the score of the path follows from its velocity.
+    """
 
     def __call__(self, z: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
         return eps
@@ -42,25 +50,27 @@ class IndependentCoupling(Coupling):
 
 @dataclass(frozen=True)
 class OptimalTransportCoupling(Coupling):
-    """Minibatch optimal transport: the exact assignment of least total squared distance within each group.
+    """Minibatch optimal transport: the exact assignment with the least total squared distance within each group.
 
-    Straighter paths and less variance of the target (Pooladian et al. 2023; Tong et al. 2024). It pays in low dimension
-    and for samplers of about ten evaluations or fewer. On images the gain is small: FID on CIFAR-10 with 100 Euler
-    steps or an adaptive solver moves by 0.1 or so, since groups are tiny beside the number of modes. Two costs: the
-    network no longer sees N(alpha z, beta^2 I), so its velocity must not be turned into a score (use ODE samplers); and
-    without ``within_class`` noise tells the class, which spoils conditional generation.
+    It straightens the trajectories and lowers the variance of the target (Pooladian et al. 2023; Tong et al. 2024). It
+    helps in low dimension, and for samplers with about ten network evaluations or fewer. On images the gain is small:
+    the FID on CIFAR-10 with 100 Euler steps or an adaptive solver changes by about 0.1, because groups are tiny
+    compared with the number of modes.
 
-    Groups are consecutive slices of the batch, the last one possibly shorter: coupling a global batch, or the slices of
-    it that ranks hold, gives the same pairs as long as each slice is a whole number of groups; with ``across_ranks``
-    always. The mean squared distance of the pairs is logged as ``transport_cost``, beside that of independent ones.
+    It has two costs. The network no longer sees N(alpha z, beta^2 I), so its velocity must not be converted to a score:
+    use ODE samplers. And without ``within_class``, the noise reveals the class, which harms conditional generation.
+
+    Groups are consecutive slices of the batch, and the last one may be shorter. Each rank couples its own slice. The
+    pairs do not depend on the number of ranks if each slice is a whole number of groups, or with ``across_ranks``. The
+    mean squared distance of the pairs is logged as ``transport_cost``, next to that of independent pairs.
 
     Args:
-        group_size: points that are assigned together; the assignment takes O(group_size^3) on the CPU.
-        across_ranks: let groups span processes: each gathers the whole micro-batch and makes all assignments itself.
-        within_class: assign only among equal labels where labels are given. A dropped label is a class of its own.
+        group_size: number of points that are assigned together. The assignment takes O(group_size^3) on the CPU.
+        within_class: assign only among equal labels, where there are labels. Dropped labels form a class of their own.
+        across_ranks: let groups span processes. Each process then gathers the whole micro-batch and assigns all of it.
 
     Raises:
-        UserError: a group size below 2 or too large to hold its costs; shapes that do not match.
+        UserError: the group size is below 2 or too large for its costs to fit in memory, or shapes do not match.
     """
 
     group_size: int = 256
@@ -95,15 +105,15 @@ class OptimalTransportCoupling(Coupling):
 
 
 def transport_cost(z: Tensor, eps: Tensor) -> Tensor:
-    """Mean squared distance of the pairs (z_i, eps_i) as they stand: a scalar to log before and after coupling."""
+    """The mean squared distance of the pairs (z_i, eps_i), a scalar to log before and after coupling."""
     return (z - eps).flatten(1).square().sum(1).mean()
 
 
 def _assignment(z: Tensor, eps: Tensor) -> Tensor:
-    """The permutation p that minimises sum_i |z_i - eps_p(i)|^2, int64 on the CPU."""
+    """The permutation p that minimizes ``sum_i |z_i - eps_p(i)|^2``, int64 on the CPU."""
     from scipy.optimize import linear_sum_assignment
 
     dtype = torch.promote_types(z.dtype, torch.float32)
-    with torch.autocast(z.device.type, enabled=False):  # training may run in bfloat16; the costs may not
+    with torch.autocast(z.device.type, enabled=False):  # the costs need full precision
         gains = z.flatten(1).to(dtype) @ eps.flatten(1).to(dtype).T  # |z|^2 and |eps|^2 do not change with the order
     return torch.from_numpy(linear_sum_assignment(gains.cpu().numpy(), maximize=True)[1])

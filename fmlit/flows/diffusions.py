@@ -1,12 +1,17 @@
-"""The differential equations that samplers solve, as functions ``(x, t) -> like x``.
+"""The stochastic differential equations that samplers solve: drifts and diffusion coefficients.
 
-A Gaussian path with marginal velocity u and score s is followed, in distribution, by the ODE ``dX = u dt`` and by a
-whole family of SDEs (Song et al. 2021; Albergo et al. 2023)::
+Let u be the marginal velocity of a Gaussian path and s its score. The ODE ``dX = u dt`` has the marginals p_t of the
+path. So does a whole family of SDEs (Song et al. 2021; Albergo et al. 2023)::
 
     dX = [u + sigma_t^2 / 2 s] dt + sigma_t dW        for any sigma_t >= 0
 
-In the Fokker-Planck equation the terms of noise and score cancel, so every choice has the same marginals p_t. They
-differ in how strongly a sample is stirred on its way, which costs steps and forgives errors of the network.
+In the Fokker-Planck equation, the terms of the noise and of the score cancel, so every choice of sigma_t has the same
+marginals. A larger sigma_t needs more steps, and corrects more of the network's errors.
+
+References:
+    Anderson 1982, "Reverse-time diffusion equation models", https://doi.org/10.1016/0304-4149(82)90051-5
+    Song et al. 2021, "Score-Based Generative Modeling through SDEs", https://arxiv.org/abs/2011.13456
+    Albergo et al. 2023, "Stochastic Interpolants", https://arxiv.org/abs/2303.08797
 """
 
 import math
@@ -26,22 +31,22 @@ class Diffusion(ABC):
 
     @abstractmethod
     def __call__(self, path: GaussianPath, t: Tensor) -> Tensor:
-        """sigma_t, (B,) for t of shape (B,)."""
+        """Return sigma_t of shape (B,) for t of shape (B,)."""
 
     def along(self, path: GaussianPath, times: Tensor | None = None) -> Field:
-        """The coefficient as the SDE solvers take it: (x, t) -> (B, 1, ..., 1).
+        """The coefficient in the form that SDE solvers take: (x, t) -> (B, 1, ..., 1).
 
-        With the times of a solver it is lowered where their steps could not follow it. Near data the score pulls noise
-        in at the rate ``sigma_t^2 / (2 beta_t^2)``; a step h times that rate above 2 throws it out further than it was,
-        over and over. So sigma_t is at most ``beta_t sqrt(2 / h)``, where one step takes the noise out just once. Any
-        coefficient has the same marginals, and so has this one.
+        If the times of the solver are given, the coefficient is lowered where their steps are too long for it. Near the
+        data, the score removes noise at the rate ``sigma_t^2 / (2 beta_t^2)``. If a step h times that rate is above 2,
+        Euler's method is unstable. So sigma_t is limited to ``beta_t sqrt(2 / h)``, at which one step removes the noise
+        exactly once. This does not change the marginals, because every coefficient has the same ones.
 
         Raises:
-            UserError: sigma_t < 0 (when called on the CPU; elsewhere the check would stall the queue).
+            UserError: sigma_t is negative. GPUs skip this check, because it would stall their queue.
         """
         if times is not None:
             steps = times.diff()
-            longest = torch.maximum(torch.cat([steps[:1], steps]), torch.cat([steps, steps[-1:]]))  # that touch a time
+            longest = torch.maximum(torch.cat([steps[:1], steps]), torch.cat([steps, steps[-1:]]))  # at each time
             most = path.beta(times) * (2 / longest).sqrt()
 
         def diffusion(x: Tensor, t: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ class Diffusion(ABC):
 
 @dataclass(frozen=True)
 class ConstantDiffusion(Diffusion):
-    """sigma_t = value, up to where the noise of the path is so little that steps cannot follow (see ``along``)."""
+    """``sigma_t = value``, lowered near the data where the steps would be too long for it (see ``along``)."""
 
     value: float = 1.0
 
@@ -70,8 +75,10 @@ class ConstantDiffusion(Diffusion):
 
 @dataclass(frozen=True)
 class BetaDiffusion(Diffusion):
-    """sigma_t = scale beta_t: the noise dies out with the path's, and ``sigma_t^2 / 2 s = -scale^2 beta eps / 2`` stays
-    finite up to t = 1."""
+    """``sigma_t = scale beta_t``: it vanishes together with the noise of the path.
+
+    The term ``sigma_t^2 / 2 s = -scale^2 beta eps / 2`` stays finite up to t = 1.
+    """
 
     scale: float = 1.0
 
@@ -84,10 +91,10 @@ class BetaDiffusion(Diffusion):
 
 @dataclass(frozen=True)
 class ReverseDiffusion(Diffusion):
-    """``sigma_t^2 = scale^2 2 beta W / alpha`` with ``W = alpha_dot beta - alpha beta_dot``; infinite where alpha = 0.
+    """``sigma_t^2 = scale^2 2 beta W / alpha`` with ``W = alpha_dot beta - alpha beta_dot``. Infinite where alpha = 0.
 
-    At scale 1 this is Anderson's time reversal of the linear forward diffusion that has these marginals (Anderson 1982;
-    Song et al. 2021, eq. 6). On the VP path it is the SDE that DDPM discretises, with sigma_t^2 = rate.
+    At scale 1 this is Anderson's time reversal of the linear forward diffusion with the same marginals (Anderson 1982;
+    Song et al. 2021, equation 6). On the VP path it is the SDE that DDPM discretizes, with ``sigma_t^2 = rate``.
     """
 
     scale: float = 1.0
@@ -96,7 +103,7 @@ class ReverseDiffusion(Diffusion):
         _check_not_negative("ReverseDiffusion.scale", self.scale)
 
     def __call__(self, path: GaussianPath, t: Tensor) -> Tensor:
-        # 2 beta W / alpha, with beta beta_dot as one finite quantity where beta_dot alone diverges
+        # 2 beta W / alpha. variance_dot stays finite where beta_dot alone diverges.
         variance = 2 * path.beta(t) ** 2 * path.alpha_dot(t) / path.alpha(t) - path.variance_dot(t)
         return self.scale * variance.sqrt()
 
@@ -107,9 +114,9 @@ def _check_not_negative(name: str, value: float) -> None:
 
 
 def sde_drift(velocity: Field, score: Field, diffusion: Field) -> Field:
-    """``u + sigma_t^2 / 2 s``: the drift with which noise sigma_t leaves the marginals of the ODE unchanged.
+    """``u + sigma_t^2 / 2 s``: the drift of the SDE that has the same marginals as the ODE of ``velocity``.
 
-    ``diffusion`` must not depend on x (use ``Diffusion.along(path)``): a multiplicative one would add its divergence.
+    ``diffusion`` must not depend on x, or its divergence would have to be added. ``Diffusion.along(path)`` does not.
     """
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
@@ -119,9 +126,9 @@ def sde_drift(velocity: Field, score: Field, diffusion: Field) -> Field:
 
 
 def ode_drift(drift: Field, score: Field, diffusion: Field) -> Field:
-    """``drift - sigma_t^2 / 2 s``: the probability-flow ODE of an SDE (Song et al. 2021, eq. 13). Undoes ``sde_drift``.
+    """``drift - sigma_t^2 / 2 s``: the probability-flow ODE of an SDE. It is the inverse of ``sde_drift``.
 
-    ``diffusion`` must not depend on x.
+    ``diffusion`` must not depend on x. Source: Song et al. 2021, equation 13.
     """
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -131,14 +138,15 @@ def ode_drift(drift: Field, score: Field, diffusion: Field) -> Field:
 
 
 def brownian_motion(sigma: float = 1.0) -> tuple[Field, Field]:
-    """(drift, diffusion) of ``dX = sigma dW``: X_t ~ N(x0, sigma^2 t)."""
+    """The pair (drift, diffusion) of ``dX = sigma dW``, for which X_t ~ N(x0, sigma^2 t)."""
     return ornstein_uhlenbeck(0.0, sigma)
 
 
 def ornstein_uhlenbeck(theta: float, sigma: float) -> tuple[Field, Field]:
-    """(drift, diffusion) of the linear SDE ``dX = -theta X dt + sigma dW``.
+    """The pair (drift, diffusion) of the linear SDE ``dX = -theta X dt + sigma dW``.
 
-    X_t ~ N(x0 e^(-theta t), sigma^2 (1 - e^(-2 theta t)) / (2 theta)); with sigma = 0 the linear ODE x0 e^(-theta t).
+    X_t ~ N(x0 e^(-theta t), sigma^2 (1 - e^(-2 theta t)) / (2 theta)). With sigma = 0 it is the linear ODE, and
+    X_t = x0 e^(-theta t).
     """
     _check_not_negative("sigma", sigma)
     return lambda x, t: -theta * x, lambda x, t: torch.full_like(expand_time(t, x), sigma)

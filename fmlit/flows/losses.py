@@ -1,6 +1,12 @@
-"""The two training objectives: conditional flow matching and denoising score matching, each one weighted regression.
+"""The two training losses: conditional flow matching and denoising score matching.
 
-Both take a field, a path and the draws (z, eps, t), and return one loss per sample (B,), averaged over dimensions.
+Each is a weighted regression. It takes a field, a path and the draws (z, eps, t). It returns one loss per sample, of
+shape (B,), averaged over the dimensions of a sample.
+
+References:
+    Lipman et al. 2023, "Flow Matching for Generative Modeling", https://arxiv.org/abs/2210.02747
+    Vincent 2011, "A Connection Between Score Matching and Denoising Autoencoders", Neural Computation 23(7)
+    Song & Ermon 2019, "Generative Modeling by Estimating Gradients", https://arxiv.org/abs/1907.05600
 """
 
 from torch import Tensor
@@ -14,8 +20,21 @@ def flow_matching_loss(
 ) -> Tensor:
     """Conditional flow matching: ``w(t) |u_theta(x_t, t) - u_t(x_t | z)|^2`` with ``x_t = alpha z + beta eps``.
 
-    Its gradient is that of the regression on the marginal velocity (Lipman et al. 2023, theorem 2), which is never
-    needed. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,). Raises UserError for other shapes.
+    The gradient is the same as that of a regression on the marginal velocity, which is never needed (Lipman et al.
+    2023, theorem 2).
+
+    Args:
+        velocity: the field u_theta, (x (B, *shape), t (B,)) -> (B, *shape).
+        path: the Gaussian path.
+        z, eps: data and noise, (B, *shape).
+        t: times, (B,).
+        weight: w(t), (B,), or None for 1.
+
+    Returns:
+        The loss of each sample, (B,).
+
+    Raises:
+        UserError: the shapes do not match.
     """
     u = velocity(path.sample(z, eps, t), t)
     check_like(u, z, "the velocity and z")
@@ -25,12 +44,26 @@ def flow_matching_loss(
 def score_matching_loss(
     score: Field, path: GaussianPath, z: Tensor, eps: Tensor, t: Tensor, weight: Tensor | None = None
 ) -> Tensor:
-    """Denoising score matching: ``w(t) beta^2 |s_theta(x_t, t) + eps / beta|^2``, as ``w(t) |beta s_theta + eps|^2``.
+    """Denoising score matching: ``w(t) beta^2 |s_theta(x_t, t) + eps / beta|^2``.
 
-    The bare ``|s + eps / beta|^2`` has the variance 1 / beta^2, so that times near data would drown all others; the
-    factor beta^2 (Song & Ermon 2019, section 4.2) gives every time the same scale. With ``s = -eps_theta / beta`` it is
-    DDPM's ``|eps_theta - eps|^2``. Shapes: z, eps (B, *shape), t and weight (B,). Returns (B,). Raises UserError for
-    other shapes.
+    It is computed as ``w(t) |beta s_theta + eps|^2``, which stays finite at beta = 0.
+
+    Without the factor ``beta^2``, the loss would grow like ``1 / beta^2``, and times near the data would dominate all
+    others. With it, every time has the same scale (Song & Ermon 2019, section 4.2). For ``s = -eps_theta / beta`` this
+    is DDPM's loss ``|eps_theta - eps|^2``.
+
+    Args:
+        score: the field s_theta, (x (B, *shape), t (B,)) -> (B, *shape).
+        path: the Gaussian path.
+        z, eps: data and noise, (B, *shape).
+        t: times, (B,).
+        weight: w(t), (B,), or None for 1.
+
+    Returns:
+        The loss of each sample, (B,).
+
+    Raises:
+        UserError: the shapes do not match.
     """
     s = score(path.sample(z, eps, t), t)
     check_like(s, eps, "the score and eps")

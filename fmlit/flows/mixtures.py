@@ -1,9 +1,11 @@
-"""Gaussian mixtures: the data for which density, velocity and score of every path are known in closed form.
+"""Gaussian mixtures: data whose density, velocity and score are known in closed form on every path.
 
-With data ``z ~ sum_k w_k N(m_k, s_k^2 I)`` the path's marginal is ``p_t = sum_k w_k N(alpha m_k, v_k I)``, where
-``v_k = alpha^2 s_k^2 + beta^2``. Given x and component k, z and eps are jointly Gaussian, so every field is a mean over
-components, weighted by their posterior r_k(x), of something linear in x and m_k. Diracs (s_k = 0) at the points of a
-finite training set give the exact field that an infinitely flexible network would learn from it.
+For data ``z ~ sum_k w_k N(m_k, s_k^2 I)``, the marginal of the path is ``p_t = sum_k w_k N(alpha m_k, v_k I)`` with
+``v_k = alpha^2 s_k^2 + beta^2``. Given x and the component k, z and eps are jointly Gaussian. So every field is a
+weighted mean over components of something linear in x and m_k. The weights are the posterior probabilities r_k(x).
+
+With Diracs (s_k = 0) at the points of a finite training set, these are the exact fields that an infinitely flexible
+network would learn from that set.
 """
 
 import math
@@ -20,16 +22,20 @@ ELEMENTS = 1 << 22  # entries of the largest temporary: 32 MiB in float64
 
 
 class GaussianMixture:
-    """Isotropic Gaussians with means (K, *shape), standard deviations (K,) >= 0 and weights (K,), normalised here.
+    """A mixture of isotropic Gaussians. ``GaussianMixture([[-2.0], [2.0]], 0.0)`` is a pair of Diracs at -2 and 2.
 
-    A single number for ``stds`` serves all components, and ``weights=None`` means equal ones:
-    ``GaussianMixture([[-2.0], [2.0]], 0.0)`` is the pair of Diracs at -2 and 2. The methods take x of shape (B, *shape)
-    and t of shape (B,) on the device of the means. They compute in float64 and in log space, in blocks of bounded
-    memory, are differentiable in x and t, and return the dtype of x.
+    The methods take x of shape (B, *shape) and t of shape (B,), on the device of the means. They compute in float64 and
+    in log space, in blocks of bounded memory. They are differentiable in x and t, and return the dtype of x.
+
+    Args:
+        means: the means, (K, *shape).
+        stds: the standard deviations, (K,), or one number for all components. At least 0.
+        weights: the weights, (K,), which are normalized here, or None for equal weights.
 
     Raises:
-        UserError: shapes that do not match, a negative or non-finite parameter; at t = 1, where a mixture that holds
-            a Dirac has no density.
+        UserError: shapes do not match, or a parameter is negative or not finite. Methods raise it at t = 1 if the
+        mixture
+            holds a Dirac, because it has no density there.
     """
 
     def __init__(
@@ -58,14 +64,14 @@ class GaussianMixture:
         self.weights = self.weights / self.weights.sum()
         if not torch.isfinite(self.means).all():
             raise UserError("means hold NaN or infinite values")
-        # Distances are taken between points centred on the mixture: an offset of the data costs no digits.
+        # Distances are taken between centered points, so that an offset of the data costs no precision.
         points = self.means.double().flatten(1)
-        self._centre = self.weights @ points
-        self._points = points - self._centre
+        self._center = self.weights @ points
+        self._points = points - self._center
         self._square_norms = self._points.square().sum(1)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n data points (n, *shape), on the device and in the dtype of the means."""
+        """Draw n data points (n, *shape), on the device and in the dtype of the means."""
         device = self.means.device if generator is None else generator.device
         component = torch.multinomial(self.weights.to(device), n, replacement=True, generator=generator)
         noise = torch.randn(n, *self.means.shape[1:], dtype=self.means.dtype, device=device, generator=generator)
@@ -73,11 +79,11 @@ class GaussianMixture:
         return self.means[component] + expand_time(self.stds[component].to(noise), noise) * noise
 
     def log_prob(self, x: Tensor, path: GaussianPath, t: Tensor) -> Tensor:
-        """log p_t(x) in nats, (B,)."""
+        """The log density ``log p_t(x)`` in nats, (B,)."""
         return self._in_blocks(lambda x, t: self._log_joint(x, path, t).logsumexp(1), x, path, t)
 
     def velocity(self, x: Tensor, path: GaussianPath, t: Tensor) -> Tensor:
-        """u_t(x) = E[alpha_dot z + beta_dot eps | x_t = x]: the field that flow matching learns."""
+        """The marginal velocity ``u_t(x) = E[alpha_dot z + beta_dot eps | x_t = x]``, which flow matching learns."""
 
         def mean(x: Tensor, t: Tensor) -> Tensor:
             alpha, alpha_dot = path.alpha(t)[:, None], path.alpha_dot(t)[:, None]
@@ -87,7 +93,7 @@ class GaussianMixture:
         return self._in_blocks(mean, x, path, t)
 
     def score(self, x: Tensor, path: GaussianPath, t: Tensor) -> Tensor:
-        """grad log p_t(x)."""
+        """The marginal score ``grad log p_t(x)``."""
 
         def mean(x: Tensor, t: Tensor) -> Tensor:
             return self._posterior_mean(x, path, t, torch.zeros_like(t)[:, None], -1 / self._variances(path, t))
@@ -95,7 +101,7 @@ class GaussianMixture:
         return self._in_blocks(mean, x, path, t)
 
     def data(self, x: Tensor, path: GaussianPath, t: Tensor) -> Tensor:
-        """E[z | x_t = x]: the ideal denoiser."""
+        """The ideal denoiser ``E[z | x_t = x]``."""
 
         def mean(x: Tensor, t: Tensor) -> Tensor:
             gain = path.alpha(t)[:, None] * self.stds**2 / self._variances(path, t)
@@ -107,19 +113,19 @@ class GaussianMixture:
         """sum_k r_k (slope m_k + gain_k (x - alpha m_k)) for flat x (B, d), slope (B, 1) and gain (B, K)."""
         posterior = self._log_joint(x, path, t).softmax(1)
         alpha = path.alpha(t)[:, None]
-        centred = x - alpha * self._centre
+        centered = x - alpha * self._center
         mixed = (posterior * (slope - gain * alpha)) @ self._points
-        return slope * self._centre + (posterior * gain).sum(1, keepdim=True) * centred + mixed
+        return slope * self._center + (posterior * gain).sum(1, keepdim=True) * centered + mixed
 
     def _log_joint(self, x: Tensor, path: GaussianPath, t: Tensor) -> Tensor:
         """log w_k N(x; alpha m_k, v_k I), (B, K), for flat x."""
         alpha, variances = path.alpha(t)[:, None], self._variances(path, t)
-        centred = x - alpha * self._centre
+        centered = x - alpha * self._center
         if x.numel() * len(self._points) <= ELEMENTS:
-            distances = (centred[:, None] - alpha[:, None] * self._points).square().sum(2)
+            distances = (centered[:, None] - alpha[:, None] * self._points).square().sum(2)
         else:  # a matrix product instead of (B, K, d) differences; loses digits only where beta^2 << 1e-10 |x|^2
-            products = centred @ self._points.T
-            distances = centred.square().sum(1, keepdim=True) - 2 * alpha * products + alpha**2 * self._square_norms
+            products = centered @ self._points.T
+            distances = centered.square().sum(1, keepdim=True) - 2 * alpha * products + alpha**2 * self._square_norms
         log_normal = -(distances / variances + x.shape[1] * (2 * math.pi * variances).log()) / 2
         return self.weights.log() + log_normal
 

@@ -1,6 +1,12 @@
-"""Gaussian probability paths p_t(x | z) = N(alpha_t z, beta_t^2 I) from noise (t = 0) to data (t = 1).
+"""Gaussian probability paths ``p_t(x | z) = N(alpha_t z, beta_t^2 I)`` from noise (t = 0) to data (t = 1).
 
-A path is two functions of time with their derivatives. Everything else follows from ``x_t = alpha_t z + beta_t eps``.
+A path is a pair of functions of time, ``alpha`` and ``beta``, and their derivatives. Everything else follows from
+``x_t = alpha_t z + beta_t eps``, where ``z`` is a data point and ``eps`` is standard normal noise.
+
+References:
+    Holderrieth & Erives, "Introduction to Flow Matching and Diffusion Models", https://arxiv.org/abs/2506.02070
+    Lipman et al. 2023, "Flow Matching for Generative Modeling", https://arxiv.org/abs/2210.02747
+    Song et al. 2021, "Score-Based Generative Modeling through SDEs", https://arxiv.org/abs/2011.13456
 """
 
 import math
@@ -15,75 +21,80 @@ from fmlit.core.tensors import check_like, expand_time
 
 
 class GaussianPath(ABC):
-    """A path is given by ``alpha``, ``beta``, their time derivatives, and the inverse of ``sigma = beta / alpha``.
+    """The base class of all paths. A subclass defines ``alpha``, ``beta``, their derivatives, and ``time_of_sigma``.
 
-    All five take and return tensors of shape (B,). ``z`` is a data point, ``eps`` standard normal noise, ``x`` a point
-    on the path, each (B, *shape); ``t`` is always (B,), in [0, 1].
+    Those five methods take and return tensors of shape (B,). In the other methods, ``z`` is a data point, ``eps`` is
+    standard normal noise, and ``x`` is a point on the path. Each of them has shape (B, *shape). The time ``t`` always
+    has shape (B,) and lies in [0, 1].
     """
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Scale of the data; 1 at t = 1."""
+        """The scale of the data. It is 1 at t = 1."""
 
     @abstractmethod
     def beta(self, t: Tensor) -> Tensor:
-        """Standard deviation of the noise; 0 at t = 1."""
+        """The standard deviation of the noise. It is 0 at t = 1."""
 
     @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """d alpha / dt."""
+        """The time derivative ``d alpha / dt``."""
 
     @abstractmethod
     def beta_dot(self, t: Tensor) -> Tensor:
-        """d beta / dt."""
+        """The time derivative ``d beta / dt``."""
 
     @abstractmethod
     def time_of_sigma(self, sigma: Tensor) -> Tensor:
-        """The time at which ``beta / alpha`` equals ``sigma``, for sigma >= 0; t = 0 if the path never gets there."""
+        """The time at which ``beta / alpha`` equals ``sigma`` >= 0, or t = 0 if the path never reaches that level."""
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Noise-to-data ratio ``beta / alpha``: the noise level of EDM (infinite where alpha is 0)."""
+        """The noise level ``beta / alpha``, which EDM calls sigma. It is infinite where alpha is 0."""
         return self.beta(t) / self.alpha(t)
 
     def variance_dot(self, t: Tensor) -> Tensor:
-        """d beta^2 / dt = 2 beta beta_dot. A path whose beta_dot diverges at t = 1 gives the finite limit."""
+        """``d beta^2 / dt = 2 beta beta_dot``. Paths whose ``beta_dot`` diverges at t = 1 return the finite limit."""
         return 2 * self.beta(t) * self.beta_dot(t)
 
     def sample(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """``x_t = alpha z + beta eps``, a draw from p_t(x | z)."""
+        """Draw ``x_t = alpha z + beta eps`` from p_t(x | z)."""
         check_time(t)
         check_like(z, eps, "z and eps")
         return expand_time(self.alpha(t), z) * z + expand_time(self.beta(t), eps) * eps
 
     def velocity(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """``u = alpha_dot z + beta_dot eps``, the target of conditional flow matching at ``sample(z, eps, t)``."""
+        """``u = alpha_dot z + beta_dot eps``: the target of conditional flow matching at ``sample(z, eps, t)``."""
         check_time(t)
         check_like(z, eps, "z and eps")
         return expand_time(self.alpha_dot(t), z) * z + expand_time(self.beta_dot(t), eps) * eps
 
     def conditional_velocity(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """``u_t(x | z) = (alpha_dot - beta_dot alpha / beta) z + (beta_dot / beta) x``. Needs beta > 0, so t < 1."""
+        """``u_t(x | z) = (alpha_dot - beta_dot alpha / beta) z + (beta_dot / beta) x``. It needs beta > 0, so t < 1."""
         check_time(t)
         ratio = self.beta_dot(t) / self.beta(t)
         return expand_time(self.alpha_dot(t) - ratio * self.alpha(t), z) * z + expand_time(ratio, x) * x
 
     def conditional_score(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """``grad log p_t(x | z) = -(x - alpha z) / beta^2``. Needs beta > 0, so t < 1."""
+        """``grad log p_t(x | z) = -(x - alpha z) / beta^2``. It needs beta > 0, so t < 1."""
         check_time(t)
         return -(x - expand_time(self.alpha(t), z) * z) / expand_time(self.beta(t).square(), x)
 
 
 def check_time(t: Tensor) -> None:
-    """Raise a UserError for times outside [0, 1]. On an accelerator the check would stall the queue: skipped there."""
+    """Raise a UserError if a time lies outside [0, 1]. GPUs skip the check, because it would stall their queue."""
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and t.numel():
-        low, high = (value.item() for value in t.detach().aminmax())  # numbers: comparing tensors takes thrice the time
+        low, high = (value.item() for value in t.detach().aminmax())  # comparing tensors would take three times as long
         if not (low >= 0 and high <= 1):
             raise UserError(f"t must lie in [0, 1], got values from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
 class CondOTPath(GaussianPath):
-    """alpha = t, beta = 1 - t: straight lines from noise to data (Lipman et al. 2023; rectified flow)."""
+    """``alpha = t``, ``beta = 1 - t``: straight lines from noise to data.
+
+    This is the conditional optimal transport path of Lipman et al. 2023 (https://arxiv.org/abs/2210.02747). Rectified
+    flow uses the same one (https://arxiv.org/abs/2209.03003).
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
         return t
@@ -98,7 +109,7 @@ class CondOTPath(GaussianPath):
         return -torch.ones_like(t)
 
     def velocity(self, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """``u = z - eps``, the same at all times."""
+        """``u = z - eps``, which is the same at all times."""
         check_time(t)
         check_like(z, eps, "z and eps")
         expand_time(t, z)  # fails where t is not (B,)
@@ -110,13 +121,13 @@ class CondOTPath(GaussianPath):
 
 @dataclass(frozen=True)
 class CosinePath(GaussianPath):
-    """alpha = sin(pi t / 2), beta = cos(pi t / 2): variance-preserving, without VP's singular end point."""
+    """``alpha = sin(pi t / 2)``, ``beta = cos(pi t / 2)``: variance-preserving, without VP's singular end point."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.sin(math.pi / 2 * t)
 
     def beta(self, t: Tensor) -> Tensor:
-        return torch.sin(math.pi / 2 * (1 - t))  # cos(pi / 2) is -4e-8 in float32; this form is exactly 0 at t = 1
+        return torch.sin(math.pi / 2 * (1 - t))  # exactly 0 at t = 1, where float32 cos(pi / 2) is -4e-8
 
     def alpha_dot(self, t: Tensor) -> Tensor:
         return math.pi / 2 * self.beta(t)
@@ -130,9 +141,9 @@ class CosinePath(GaussianPath):
 
 @dataclass(frozen=True)
 class PolynomialPath(GaussianPath):
-    """alpha = t^power, beta = 1 - t^power, for power >= 1.
+    """``alpha = t^power``, ``beta = 1 - t^power``, for power >= 1.
 
-    With power > 1 the velocity vanishes at t = 0 and says nothing about z or eps there.
+    With power > 1 the velocity vanishes at t = 0, so it cannot be converted to ``z`` or ``eps`` there.
     """
 
     power: float = 2.0
@@ -159,11 +170,13 @@ class PolynomialPath(GaussianPath):
 
 @dataclass(frozen=True)
 class VPPath(GaussianPath):
-    """The variance-preserving diffusion of DDPM (Song et al. 2021, eq. 32) on our clock: t = 1 is data.
+    """The variance-preserving diffusion of DDPM, with t = 1 at the data.
 
-    With s = 1 - t and a noise rate that grows linearly, ``rate(s) = rate_min + s (rate_max - rate_min)``:
-    ``log alpha = -s^2 (rate_max - rate_min) / 4 - s rate_min / 2`` and ``beta = sqrt(1 - alpha^2)``. At t = 0 some data
-    is left (alpha = 0.0066 with the defaults); towards t = 1 beta_dot diverges like (1 - t)^-1/2.
+    The noise rate grows linearly in ``s = 1 - t``: ``rate(s) = rate_min + s (rate_max - rate_min)``. Then
+    ``log alpha = -s^2 (rate_max - rate_min) / 4 - s rate_min / 2`` and ``beta = sqrt(1 - alpha^2)``. At t = 0 a little
+    data is left: alpha = 0.0066 with the defaults. Towards t = 1, ``beta_dot`` diverges like (1 - t)^-1/2.
+
+    Source: Song et al. 2021, equation 32, https://arxiv.org/abs/2011.13456
     """
 
     rate_min: float = 0.1

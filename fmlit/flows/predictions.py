@@ -1,13 +1,19 @@
-"""What a network may predict, and the one hub through which each prediction becomes any other.
+"""What a network may predict, and how each prediction is converted into any other.
 
-Given a point x on the path at time t, a prediction is one linear equation in the pair (z, eps). Together with
-``x = alpha z + beta eps`` that is a 2x2 system; solving it gives z and eps, and from these the velocity and the score
-follow. With W = alpha_dot beta - alpha beta_dot::
+At a point x on the path at time t, every prediction is one linear equation for the pair (z, eps). Together with
+``x = alpha z + beta eps`` it forms a 2x2 system. Its solution gives z and eps, and these give the velocity and the
+score. With ``W = alpha_dot beta - alpha beta_dot``::
 
     z = (beta u - beta_dot x) / W        eps = (alpha_dot x - alpha u) / W        score = -eps / beta
 
-Where the system is singular (see ``times.py``, which keeps samplers and training away from there): velocity where
-W = 0; noise or score to data at alpha = 0; data to noise, and anything to score, at beta = 0.
+The system is singular in three cases, and ``times.py`` keeps training and sampling away from them. A velocity cannot
+be converted where W = 0. Noise or score cannot be converted to data where alpha = 0. Where beta = 0, data cannot be
+converted to noise, and nothing can be converted to the score.
+
+References:
+    Ho et al. 2020, "Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2006.11239
+    Song & Ermon 2019, "Generative Modeling by Estimating Gradients", https://arxiv.org/abs/1907.05600
+    Karras et al. 2022, "Elucidating the Design Space of Diffusion Models" (EDM), https://arxiv.org/abs/2206.00364
 """
 
 from abc import ABC, abstractmethod
@@ -21,26 +27,27 @@ from fmlit.flows.paths import GaussianPath
 
 
 class Prediction(ABC):
-    """The meaning of a network's output F(x, t), as a subclass.
+    """The meaning of a network's output ``F(x, t)``. Each subclass is one meaning.
 
-    ``data_and_noise`` is the hub; the four fields below come out of it. A subclass overrides the field that it
-    predicts itself, which is then exact everywhere, end points included. All shapes (B, *shape), t is (B,).
+    ``data_and_noise`` solves the 2x2 system, and the four fields below follow from it. A subclass overrides the field
+    that it predicts itself. That field is then exact at all times, including the end points. Points and outputs have
+    shape (B, *shape), and t has shape (B,).
     """
 
     @abstractmethod
     def target(self, path: GaussianPath, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The value that F should take in the mean at ``path.sample(z, eps, t)``."""
+        """The value whose conditional mean F predicts at ``path.sample(z, eps, t)``."""
 
     @abstractmethod
     def data_and_noise(self, path: GaussianPath, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(z, eps) implied by the output at x."""
+        """The pair (z, eps) that the output implies at x."""
 
     def network_input(self, path: GaussianPath, x: Tensor, t: Tensor) -> Tensor:
-        """What the network is shown instead of x."""
+        """The input of the network at x."""
         return x
 
     def loss_weight(self, path: GaussianPath, t: Tensor) -> Tensor | None:
-        """(B,) factor on the velocity loss that makes it a unit-variance regression; None for 1."""
+        """The factor (B,) that turns the velocity loss into a regression with a unit-variance target, or None for 1."""
         return None
 
     def velocity(self, path: GaussianPath, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -59,7 +66,7 @@ class Prediction(ABC):
 
 @dataclass(frozen=True)
 class Velocity(Prediction):
-    """F predicts u = alpha_dot z + beta_dot eps, the marginal velocity in the mean: flow matching's own."""
+    """F predicts the velocity ``u = alpha_dot z + beta_dot eps``, as in flow matching."""
 
     def target(self, path: GaussianPath, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return path.velocity(z, eps, t)
@@ -76,7 +83,7 @@ class Velocity(Prediction):
 
 @dataclass(frozen=True)
 class Noise(Prediction):
-    """F predicts eps: the noise predictor of DDPM (Ho et al. 2020)."""
+    """F predicts the noise ``eps``, as in DDPM (Ho et al. 2020)."""
 
     def target(self, path: GaussianPath, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return eps
@@ -90,7 +97,7 @@ class Noise(Prediction):
 
 @dataclass(frozen=True)
 class Data(Prediction):
-    """F predicts z: a denoiser."""
+    """F predicts the data point ``z``. The network is a denoiser."""
 
     def target(self, path: GaussianPath, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return z
@@ -104,7 +111,7 @@ class Data(Prediction):
 
 @dataclass(frozen=True)
 class Score(Prediction):
-    """F predicts grad log p_t(x): a score network (Song & Ermon 2019)."""
+    """F predicts the score ``grad log p_t(x)`` (Song & Ermon 2019)."""
 
     def target(self, path: GaussianPath, z: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return -eps / expand_time(path.beta(t), eps)
@@ -119,14 +126,17 @@ class Score(Prediction):
 
 @dataclass(frozen=True)
 class PreconditionedVelocity(Prediction):
-    """F predicts the part of the velocity that x does not tell already, scaled to unit variance: EDM's preconditioning.
+    """F predicts what x does not tell about the velocity, scaled to unit variance: EDM's preconditioning.
 
-    For data of standard deviation sd, with ``var = alpha^2 sd^2 + beta^2``::
+    For data of standard deviation ``sd``, with ``var = alpha^2 sd^2 + beta^2``::
 
         u = k x + s F(x / sqrt(var), t),   k = (alpha alpha_dot sd^2 + beta beta_dot) / var,   s = sd |W| / sqrt(var)
 
-    k x is the best linear guess of u, and s the standard deviation of what is left (Karras et al. 2022, section 5,
-    carried over to velocities; identical to their F).
+    Here ``k x`` is the best linear guess of u, and ``s`` is the standard deviation of the rest. The network F is the
+    same as in Karras et al. 2022, section 5; only the notation is that of velocities.
+
+    Args:
+        data_std: standard deviation of the data, over all dimensions. Images in [-1, 1] have about 0.5.
     """
 
     data_std: float = 0.5
@@ -136,7 +146,7 @@ class PreconditionedVelocity(Prediction):
             raise UserError(f"PreconditionedVelocity.data_std must be positive, got {self.data_std}")
 
     def coefficients(self, path: GaussianPath, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(k, s, var), each (B,)."""
+        """The coefficients (k, s, var), each of shape (B,)."""
         alpha, beta, alpha_dot, beta_dot = path.alpha(t), path.beta(t), path.alpha_dot(t), path.beta_dot(t)
         variance = (alpha * self.data_std) ** 2 + beta**2
         k = (alpha * alpha_dot * self.data_std**2 + beta * beta_dot) / variance

@@ -1,6 +1,11 @@
-"""Time: the laws from which training draws t, the grids on which samplers walk, and the end-point cut-offs of both.
+"""The distributions of training times, and the cut-offs near t = 0 and t = 1.
 
-Cut-offs live here and nowhere else. Where every conversion that is needed is regular, the clock runs over [0, 1].
+All cut-offs are defined here. Where every conversion that is needed is regular, time runs over the whole of [0, 1].
+
+References:
+    Karras et al. 2022 (EDM), https://arxiv.org/abs/2206.00364
+    Kingma et al. 2021, "Variational Diffusion Models", https://arxiv.org/abs/2107.00630
+    Esser et al. 2024, "Scaling Rectified Flow Transformers", https://arxiv.org/abs/2403.03206
 """
 
 from abc import ABC, abstractmethod
@@ -14,23 +19,23 @@ from fmlit.core.errors import UserError
 from fmlit.flows.paths import GaussianPath, VPPath
 from fmlit.flows.predictions import PreconditionedVelocity, Prediction, Velocity
 
-SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # noise-to-data ratios of EDM (Karras et al. 2022, table 1), for data of order 1
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's noise levels (table 1), for data of order 1
 TRAINING_MARGIN = 1e-3
 
 
 class Limits(NamedTuple):
-    """The part of the clock that is used: 0 <= start < end <= 1."""
+    """The interval of times that is used, with 0 <= start < end <= 1."""
 
     start: float
     end: float
 
 
 def training_limits(path: GaussianPath, prediction: Prediction) -> Limits:
-    """Times from which the velocity loss is finite and has finite variance.
+    """The times at which the velocity loss is finite and has finite variance.
 
-    A velocity network on a path with bounded derivatives needs no cut. On the VP path the velocity diverges like
-    (1-t)^-1/2, preconditioning divides by s, which vanishes with the velocity of a polynomial path at t = 0, and every
-    other prediction divides by alpha or beta on its way to a velocity or a score.
+    A velocity network on a path with bounded derivatives needs no cut-off. The other cases do. On the VP path the
+    velocity diverges like (1 - t)^-1/2. Preconditioning divides by s, which vanishes at t = 0 on a polynomial path.
+    Every other prediction divides by alpha or beta when it is converted to a velocity or a score.
     """
     regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
     weight = prediction.loss_weight(path, torch.tensor([0.0, 1.0]))
@@ -45,11 +50,11 @@ def sampling_limits(
     sigma_min: float = SIGMA_MIN,
     sigma_max: float = SIGMA_MAX,
 ) -> Limits:
-    """Times at which the field that a sampler follows is regular.
+    """The times at which the field that a sampler follows is regular.
 
-    An ODE that follows a velocity network runs over the whole clock, VP excepted. What needs a conversion to z, eps or
-    the score (every SDE does) stays where ``sigma_min <= beta / alpha <= sigma_max``; a sampler that ends early closes
-    with one denoising step.
+    An ODE that follows a velocity network runs over all of [0, 1], except on the VP path. Everything else needs a
+    conversion to z, eps or the score, and stays where ``sigma_min <= beta / alpha <= sigma_max``. Every SDE is such a
+    case, because it needs the score. A sampler that ends before t = 1 closes with one denoising step.
     """
     regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
     return Limits(0.0, 1.0) if regular and not stochastic else sigma_limits(path, sigma_min, sigma_max)
@@ -64,22 +69,23 @@ def sigma_limits(path: GaussianPath, sigma_min: float = SIGMA_MIN, sigma_max: fl
 
 
 class TimeDistribution(ABC):
-    """The distribution of training times, given by its quantile function.
+    """A distribution of training times, given by its quantile function.
 
-    With ``stratified`` the n draws fall one into each of n equally likely strata, in random order: the same law for
-    each draw, and a batch mean of lower variance (Kingma et al. 2021, appendix I).
+    With ``stratified``, each of n draws falls into its own one of n equally likely strata, in random order. Every
+    single draw keeps the same distribution, and the mean over a batch has a lower variance (Kingma et al. 2021,
+    appendix I).
     """
 
     stratified: bool
 
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
-        """The time below which a fraction u in [0, 1] of all draws lies; same shape as u."""
+        """The times below which fractions u in [0, 1] of all draws lie, in the shape of u."""
 
     def sample(self, n: int, generator: torch.Generator, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
-        """(n,) float32 times on the generator's device, moved into the limits by clamping."""
+        """Draw n float32 times (n,) on the generator's device, clamped to the limits."""
         device = generator.device
-        u = torch.rand(n, generator=generator, device=device, dtype=torch.float32)  # whatever the default is
+        u = torch.rand(n, generator=generator, device=device, dtype=torch.float32)  # whatever the default dtype is
         if self.stratified:
             u = (torch.randperm(n, generator=generator, device=device) + u) / n
         return self.quantile(u).clamp(limits.start, limits.end)
@@ -87,7 +93,7 @@ class TimeDistribution(ABC):
 
 @dataclass(frozen=True)
 class UniformTime(TimeDistribution):
-    """t uniform in [0, 1]."""
+    """Times uniform in [0, 1]."""
 
     stratified: bool = False
 
@@ -97,10 +103,10 @@ class UniformTime(TimeDistribution):
 
 @dataclass(frozen=True)
 class LogitNormalTime(TimeDistribution):
-    """t = sigmoid(n) with n ~ N(mean, std^2) (Esser et al. 2024, section 3.1).
+    """``t = sigmoid(n)`` with n ~ N(mean, std^2) (Esser et al. 2024, section 3.1).
 
-    On the CondOT path this is EDM's log-normal noise level: ln sigma = -logit t, so EDM's ln sigma ~ N(-1.2, 1.2^2) is
-    ``LogitNormalTime(mean=1.2, std=1.2)``.
+    On the CondOT path this is EDM's log-normal noise level, because ``ln sigma = -logit t``. EDM's
+    ``ln sigma ~ N(-1.2, 1.2^2)`` is ``LogitNormalTime(mean=1.2, std=1.2)``.
     """
 
     mean: float = 0.0

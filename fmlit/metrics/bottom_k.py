@@ -56,7 +56,7 @@ class BottomKSample:
 
     @torch.inference_mode(False)
     def reduce(self, group: ProcessGroup | None = None) -> "BottomKSample":
-        """The reservoir of all ranks' rows together, the same on each; this object stays as it is."""
+        """The sample of all ranks' rows together, the same on each; this object stays as it is."""
         ranks = group or ProcessGroup.current()
         total = BottomKSample(self.capacity)
         rows = self.rows

@@ -7,6 +7,8 @@ from torch import Tensor
 from fmlit.core.errors import UserError
 from fmlit.core.tensors import from_uint8
 
+HELD_OUT = 0.2  # share of each class
+
 
 class ClassReader:
     """A support vector machine that reads the class of an image, for small sets (8x8 digits: 0.98 held out).
@@ -17,7 +19,6 @@ class ClassReader:
     Args:
         images: real uint8 images (N, C, H, W).
         labels: (N,) class ids.
-        held_out: share of each class that is held out.
 
     Attributes:
         accuracy: share of the held-out real images read right.
@@ -26,15 +27,14 @@ class ClassReader:
         UserError: shapes that do not fit, or too few images or classes.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, held_out: float = 0.2) -> None:
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
         from sklearn.model_selection import train_test_split
         from sklearn.svm import SVC
 
         pixels, classes = self._pixels(images), self._classes(labels, len(images))
-        self.held_out = held_out
         self.image_shape = tuple(images.shape[1:])
         fit_x, test_x, fit_y, test_y = train_test_split(
-            pixels, classes, test_size=held_out, random_state=0, stratify=classes
+            pixels, classes, test_size=HELD_OUT, random_state=0, stratify=classes
         )
         self._machine = SVC(C=10.0).fit(fit_x, fit_y)  # C of 10 reads digits half a percent better than 1
         self.accuracy = float(self._machine.score(test_x, test_y))

@@ -29,10 +29,10 @@ RENAMED = {
 
 
 class DINOv2Features(NetworkFeatures):
-    """The normalised class token of a DINOv2 network, without registers: ViT-S/14, ViT-B/14 or ViT-L/14.
+    """The normalized class token of a DINOv2 network, without registers: ViT-S/14, ViT-B/14 or ViT-L/14.
 
     As in dgm-eval, the code of Stein et al. (whose network is ViT-L/14): images are resized to 224x224 pixels
-    (bicubic, in 256 levels) and normalised as ImageNet's; position embeddings are interpolated as in Meta's code. Grey
+    (bicubic, in 256 levels) and normalized as ImageNet's; position embeddings are interpolated as in Meta's code. Grey
     images are repeated to RGB. Features are named after the network: ``fd_dinov2_vitl14_50k``.
 
     Args:
@@ -73,7 +73,7 @@ def _build(state: dict[str, Tensor], width: int, depth: int, origin: str) -> nn.
     """torchvision's vision transformer with these weights."""
     from torchvision.models import VisionTransformer
 
-    with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
+    with torch.random.fork_rng(devices=[]):  # layers are initialized before they are loaded
         network = VisionTransformer(SIDE, PATCH, depth, width // HEAD, width, 4 * width)
     network.heads = nn.Identity()
     try:

@@ -122,7 +122,7 @@ class NetworkFeatures(Features):
     """The features of any network that maps float images in [-1, 1], (B, C, H, W), to (B, d).
 
     Args:
-        module: put into evaluation mode; resizing and normalisation are its own business.
+        module: put into evaluation mode; resizing and normalization are its own business.
         name: of the features: must say which network this is, since numbers are cited under it.
     """
 

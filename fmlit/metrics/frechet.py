@@ -49,7 +49,7 @@ class GaussianStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """(d, d), normalised by count - 1."""
+        """(d, d), normalized by count - 1."""
         self._need(2)
         return self._scatter / (self.count - 1)
 

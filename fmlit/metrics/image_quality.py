@@ -65,7 +65,6 @@ class ImageQuality:
         metrics: Sequence[Metric] = ("fid", "kid"),
     ) -> None:
         self.features = features
-        self.reference = reference
         self.metrics = tuple(metrics)
         self.references = (reference,) if isinstance(reference, Reference) else tuple(reference)
         check_metrics(self.metrics)
@@ -143,7 +142,7 @@ class ImageQuality:
         """All scores of the images seen; without communication.
 
         Raises:
-            UserError: fewer than 2 images were seen, or too few for the neighbours of precision and recall.
+            UserError: fewer than 2 images were seen, or too few for the neighbors of precision and recall.
         """
         if self.count < 2:
             raise UserError(f"image quality needs at least 2 generated images, got {self.count}")
@@ -198,7 +197,7 @@ class ImageQuality:
 
 
 def check_metrics(metrics: Sequence[str], n: int | None = None) -> None:
-    """Raise a UserError for metrics that there are not, or that ``n`` images are too few for."""
+    """Raise a UserError for unknown metrics, and for metrics that need more than ``n`` images."""
     for metric in metrics:
         if metric.lower() in INCEPTION_SCORE:
             raise UserError(

@@ -101,7 +101,7 @@ def _build(state: dict[str, Tensor], origin: str) -> nn.Module:
     torch.save(state, buffer)
     buffer.seek(0)
     try:
-        with torch.random.fork_rng(devices=[]):  # layers are initialised before they are loaded
+        with torch.random.fork_rng(devices=[]):  # layers are initialized before they are loaded
             return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=buffer)
     except RuntimeError as error:  # missing, unexpected or misshapen tensors
         raise UserError(f"{origin} does not hold the weights of the FID Inception network of 2015") from error

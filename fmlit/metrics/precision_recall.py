@@ -1,4 +1,4 @@
-"""Nearest neighbours in feature space: precision and recall, and the training images closest to samples."""
+"""Nearest neighbors in feature space: precision and recall, and the training images closest to samples."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from fmlit.metrics.frechet import in_float64
 
 NOISE = 1e-12  # squared distances below this share of the squared norms are rounding errors of float32 features
 
-NEAREST = 3  # neighbours that make a point's ball (Kynkäänniemi et al. 2019)
+NEAREST = 3  # neighbors that make a point's ball (Kynkäänniemi et al. 2019)
 
 
 class PrecisionRecall(NamedTuple):
@@ -20,7 +20,7 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-class Neighbours(NamedTuple):
+class Neighbors(NamedTuple):
     """(n, k) float64 distances, increasing, and (n, k) int64 row numbers."""
 
     distances: Tensor
@@ -45,7 +45,7 @@ def _squared_radii(x: Tensor, k: int, chunk: int) -> Tensor:
     return torch.cat(radii)
 
 
-def _centred(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _centered(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float64 around the mean of b: distances stay, and cancel less."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise UserError(f"features must be (n, d) and (m, d), got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -63,7 +63,7 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = NEAREST, chunk: i
     """
     if min(len(generated), len(real)) <= k:
         raise UserError(f"precision and recall with k = {k} need more images, got {len(generated)} and {len(real)}")
-    generated, real = _centred(generated, real)
+    generated, real = _centered(generated, real)
     real_radii, generated_radii = _squared_radii(real, k, chunk), _squared_radii(generated, k, chunk)
     precise = 0
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
@@ -75,10 +75,10 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = NEAREST, chunk: i
 
 
 @torch.no_grad()
-def nearest_neighbors(queries: Tensor, members: Tensor, k: int = 1, chunk: int = 1000) -> Neighbours:
+def nearest_neighbors(queries: Tensor, members: Tensor, k: int = 1, chunk: int = 1000) -> Neighbors:
     """The k members (m, d) nearest to each query (n, d), nearest first: shows samples that copy training images."""
     if not 1 <= k <= len(members):
         raise UserError(f"k must lie between 1 and the number of members {len(members)}, got {k}")
-    queries, members = _centred(queries, members)
+    queries, members = _centered(queries, members)
     found = [_squared_distances(rows, members).topk(k, dim=1, largest=False) for rows in queries.split(chunk)]
-    return Neighbours(torch.cat([f.values for f in found]).sqrt(), torch.cat([f.indices for f in found]))
+    return Neighbors(torch.cat([f.values for f in found]).sqrt(), torch.cat([f.indices for f in found]))

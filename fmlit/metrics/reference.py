@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,16 @@ from fmlit.metrics.features import Features
 from fmlit.metrics.frechet import GaussianStatistics
 
 log = logging.getLogger(__name__)
+
+KEPT = 10_000  # images whose features are kept one by one, for KID, precision, recall and neighbors
+
+
+class LabeledImages(Protocol):
+    """Pairs of uint8 image (C, H, W) and label, by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Reference:
         image_shape: (C, H, W) of the images.
         count: number of images; with flips, mirror images are counted.
         mean: (d,) float64.
-        covariance: (d, d) float64, normalised by count - 1.
+        covariance: (d, d) float64, normalized by count - 1.
         features: (k, d) float32, of a random subset in random order.
         indices: (k,) int64, the images behind them; from ``identity.images`` on, mirror images.
     """
@@ -118,12 +128,12 @@ class Reference:
             raise UserError(f"{path} does not hold reference statistics: {error}") from error
 
 
-class _Images(Dataset):
+class _Images(Dataset[Tensor]):
     """The images of a labelled data set, checked; with ``flip`` their mirror images follow."""
 
-    def __init__(self, dataset: Dataset, split: str, flip: bool) -> None:
+    def __init__(self, dataset: LabeledImages, split: str, flip: bool) -> None:
         self.dataset, self.split, self.flip = dataset, split, flip
-        self.images = len(dataset)  # type: ignore[arg-type]
+        self.images = len(dataset)
         if self.images < 2:
             raise UserError(f"the {split} split holds {self.images} images: statistics need at least 2")
         self.shape = tuple(dataset[0][0].shape)
@@ -142,36 +152,31 @@ class _Images(Dataset):
 
 
 def reference_statistics(
-    dataset: Dataset,
+    dataset: LabeledImages,
     fingerprint: str,
     features: Features,
     split: str,
     cache_dir: str | Path,
-    rank: int | None = None,
-    world_size: int | None = None,
     flip: bool = False,
-    kept: int = 10_000,
     batch_size: int = 100,
     num_workers: int = 0,
     progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
 ) -> Reference:
-    """Statistics of all images of a data set, from the cache or computed by all ranks together, the same on each.
+    """The statistics of all images of a data set, from the cache or computed by all ranks together; equal on each.
 
-    Fixed batches are dealt to ranks, so that the result does not depend on their number. A cache that cannot be written
-    costs a warning and no more; one that can only be read is used.
+    Fixed batches are dealt to the ranks, so that the result does not depend on their number. The features of
+    ``KEPT`` random images are kept. A cache that cannot be written costs only a warning.
 
     Args:
         dataset: map-style, of (uint8 image (C, H, W), label), without random augmentation.
         fingerprint: of the data; anything that changes when an image does.
-        features: on the device where they shall run.
+        features: on the device where they run.
         split: which part of the data this is ("train", "test"): part of every protocol string.
         cache_dir: where ``{features}-{split}-{hash}.npz`` is kept.
-        rank, world_size: by default all processes of torch.distributed; 0 and 1 for one process on its own.
         flip: add every image's mirror image.
-        kept: number of randomly chosen images whose features are kept, for KID, precision, recall and neighbours.
         batch_size: images per call of the features.
         num_workers: processes that read the data.
-        progress: wraps the stream of batches, to show a bar.
+        progress: wraps the stream of batches to show a bar.
 
     Raises:
         UserError: fewer than two images, an image that is not uint8 or of another size, no fingerprint, or a cached
@@ -179,9 +184,9 @@ def reference_statistics(
     """
     if not fingerprint:
         raise UserError("reference statistics need the data's fingerprint: without one a cache could lie")
-    ranks = _ranks(rank, world_size)
+    ranks = ProcessGroup.current()
     images = _Images(dataset, split, flip)
-    subset = np.random.default_rng(0).permutation(len(images))[:kept]
+    subset = np.random.default_rng(0).permutation(len(images))[:KEPT]
     identity = Identity(fingerprint, images.images, split, flip, features.name, features.fingerprint, len(subset))
     path = Path(cache_dir) / identity.filename
     cached = ranks.from_first(lambda: _cached(path, identity))
@@ -202,17 +207,6 @@ def reference_statistics(
     if ranks.rank == 0:
         _store(reference, path)
     return reference
-
-
-def _ranks(rank: int | None, world_size: int | None) -> ProcessGroup:
-    current = ProcessGroup.current()
-    if (rank, world_size) in ((None, None), (current.rank, current.size)):
-        return current
-    if (rank, world_size) == (0, 1):
-        return ProcessGroup()
-    raise UserError(
-        f"rank {rank} of {world_size} does not fit torch.distributed, which has rank {current.rank} of {current.size}"
-    )
 
 
 def _cached(path: Path, identity: Identity) -> Reference | None:

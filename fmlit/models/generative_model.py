@@ -1,4 +1,4 @@
-"""``GenerativeModel``: a network together with the meaning of its output. The noun that samplers and scripts take."""
+"""``GenerativeModel``: a network and the meaning of its output. Samplers and commands take this object."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,18 +14,19 @@ from fmlit.flows.predictions import Prediction
 
 
 class GenerativeModel(nn.Module):
-    """A network, the path that it was trained on, and what it predicts; gives every field that a sampler may follow.
+    """A network, the path that it was trained on, and its prediction. It offers every field that a sampler may follow.
+
+    The fields ``velocity``, ``score``, ``noise`` and ``data`` take x (B, *shape), t (B,), and labels int64 (B,) or None
+    for "unconditional". They return (B, *shape).
 
     Args:
-        net: ``net(x, t, labels)``, see ``networks.py``.
+        net: the network, called as ``net(x, t, labels)``.
         path: the Gaussian path.
-        prediction: what the network's output means.
-        shape: shape of one data point, e.g. (3, 32, 32).
+        prediction: the meaning of the network's output.
+        shape: shape of one data point, such as (3, 32, 32).
         num_classes: number of classes, or None for an unconditional model. The null label is ``num_classes``.
-        coupled: it was trained on paired noise and data (see ``couplings.py``). Its velocity and what it makes of z and
-            eps hold as ever, but p_t(x | z) is no longer N(alpha z, beta^2 I), and ``score`` is not that of p_t.
-
-    Fields take x (B, *shape), t (B,) and labels int64 (B,), or None for "unconditional", and return (B, *shape).
+        coupled: whether the model was trained on paired noise and data (see ``couplings.py``). Its velocity, noise and
+            data remain valid. Its ``score`` does not, because p_t(x | z) is no longer N(alpha z, beta^2 I).
     """
 
     def __init__(
@@ -46,29 +47,30 @@ class GenerativeModel(nn.Module):
             )
         self.net, self.path, self.prediction = net, path, prediction
         self.shape, self.num_classes, self.coupled = tuple(shape), num_classes, coupled
-        self.dtype: torch.dtype | None = None  # of the network's arithmetic; None leaves it to whoever calls
+        self.dtype: torch.dtype | None = None  # of the network's arithmetic, or None for the caller's
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for "unconditional"; None where there are no classes."""
+        """The label that stands for "unconditional", or None if there are no classes."""
         return self.num_classes
 
     @property
     def device(self) -> torch.device:
+        """The device of the network's weights."""
         weights = itertools.chain(self.net.parameters(), self.net.buffers())
-        return next((w.device for w in weights), torch.device("cpu"))  # a field in closed form may have none
+        return next((w.device for w in weights), torch.device("cpu"))  # a closed form has no weights
 
     def with_net(self, net: nn.Module) -> "GenerativeModel":
-        """The same model around another network, e.g. an averaged copy. Nothing is copied."""
+        """The same model with another network, such as an averaged copy. Nothing is copied."""
         return GenerativeModel(net, self.path, self.prediction, self.shape, self.num_classes, self.coupled)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The network's own output at x."""
+        """The raw output of the network at x."""
         if labels is None and self.num_classes is not None:
             labels = torch.full_like(t, self.num_classes, dtype=torch.int64)
         elif labels is not None and self.num_classes is None:
             raise UserError("labels were given to an unconditional model; pass labels=None")
-        # Expanded times are no other case for a compiled network.
+        # A compiled network would treat expanded times as a new case and compile again.
         inputs = self.prediction.network_input(self.path, x, t), t.contiguous(), labels
         if self.dtype is None:
             output = self.net(*inputs)
@@ -83,23 +85,26 @@ class GenerativeModel(nn.Module):
         return self.prediction.velocity(self.path, self(x, t, labels), x, t)
 
     def score(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The marginal score grad log p_t(x); of a ``coupled`` model ``-E[eps | x] / beta``, which is no score."""
+        """The marginal score grad log p_t(x).
+
+        For a ``coupled`` model it is ``-E[eps | x] / beta``, which is no score.
+        """
         return self.prediction.score(self.path, self(x, t, labels), x, t)
 
     def noise(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """E[eps | x_t = x]."""
+        """The expected noise E[eps | x_t = x]."""
         return self.prediction.noise(self.path, self(x, t, labels), x, t)
 
     def data(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """E[z | x_t = x]: the denoised x."""
+        """The denoised x, E[z | x_t = x]."""
         return self.prediction.data(self.path, self(x, t, labels), x, t)
 
 
 @contextmanager
 def evaluation_mode(model: GenerativeModel, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Evaluation mode for every part of the network; each is put back as it was (a frozen part may differ).
+    """Put every part of the network into evaluation mode. Afterwards each part returns to its own mode.
 
-    With ``dtype`` the network computes in it by autocast; what goes in and comes out stays as it is.
+    With ``dtype``, the network computes in that type by autocast. Its inputs and outputs keep their types.
     """
     modes, before = {module: module.training for module in model.modules()}, model.dtype
     model.eval()

@@ -10,11 +10,11 @@ from fmlit.models.time_embedding import time_embedding
 
 
 class MLP(nn.Module):
-    """A residual multilayer perceptron for vectors, conditioned on time by a positional embedding.
+    """A residual multilayer perceptron for vectors. A positional embedding conditions it on time.
 
     Args:
-        shape: (dimension,) of the data, or any shape, which is flattened.
-        num_classes: number of classes, or None.
+        shape: shape of one data point, (dimension,). Any other shape is flattened.
+        num_classes: number of classes, or None for an unconditional network.
         width: hidden width.
         depth: number of residual blocks.
     """

@@ -1,7 +1,8 @@
-"""Networks ``net(x, t, labels)``: what is trained. x (B, *shape), t (B,) in [0, 1], labels int64 (B,) or None.
+"""The U-Net for images.
 
-A network is built from the ``shape`` of its data and the number of classes; with classes it embeds one label more, the
-null label ``num_classes``, which stands for "unconditional".
+Every network of fmlit is called as ``net(x, t, labels)`` with x (B, *shape), t (B,) in [0, 1], and labels int64 (B,) or
+None. It is built from the shape of the data and the number of classes. With classes, it embeds one more label: the null
+label ``num_classes``, which stands for "unconditional".
 """
 
 import math
@@ -15,24 +16,28 @@ from fmlit.models.time_embedding import TIME_SCALE
 
 
 class UNet(nn.Module):
-    """``diffusers.UNet2DModel``, configured as the field's U-Net for small images; the defaults are CIFAR-10's.
+    """``diffusers.UNet2DModel``, configured as the field's standard U-Net for small images. The defaults fit CIFAR-10.
 
-    Equal to the network of torchcfm and of "Improved DDPM" (Nichol & Dhariwal 2021) in shape, parameters and
-    initialisation: last convolution of every residual branch zero, so that training starts from the identity.
+    It equals the network of torchcfm and of "Improved DDPM" in shape, parameters and initialization. The last
+    convolution of every residual branch starts at zero, so that training starts from the identity.
+
+    References:
+        Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", https://arxiv.org/abs/2102.09672
+        Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", https://arxiv.org/abs/2105.05233
 
     Args:
-        shape: (channels, height, width) of the images; the sides must be divisible by 2^(levels - 1).
+        shape: (channels, height, width) of the images. Height and width must be divisible by 2^(levels - 1).
         num_classes: number of classes, or None for an unconditional network.
         channels: width of the first level.
-        multipliers: width of each level as a multiple of ``channels``; the resolution halves between levels.
+        multipliers: width of each level as a multiple of ``channels``. The resolution halves between levels.
         blocks: residual blocks per level.
         attention: resolutions (heights in pixels) at which self-attention is used.
         head_channels: channels of one attention head.
         dropout: dropout probability in the residual blocks.
-        scale_shift: time and label scale and shift normalised activations (Dhariwal & Nichol 2021, "adaptive group
-            normalisation") instead of being added to them.
-        norm_groups: groups of the group normalisations; by default 32, or fewer where a group would have less than 4
-            channels.
+        scale_shift: let time and label scale and shift the normalized activations ("adaptive group normalization",
+            Dhariwal & Nichol 2021). Otherwise they are added.
+        norm_groups: number of groups in the group normalizations. The default is 32, or fewer if a group would have
+            less than 4 channels.
     """
 
     def __init__(
@@ -51,13 +56,13 @@ class UNet(nn.Module):
         super().__init__()
         self.shape, self.num_classes = tuple(shape), num_classes
         self.scale_shift = scale_shift
-        # The number, not the default: a checkpoint keeps it should the rule ever change, which no shape would tell.
+        # A checkpoint keeps the number itself, because no tensor's shape would reveal a change of the rule.
         self.norm_groups = _norm_groups(channels) if norm_groups is None else norm_groups
         self.channels, self.multipliers, self.blocks = channels, tuple(multipliers), blocks
         self.attention, self.head_channels, self.dropout = tuple(attention), head_channels, dropout
         _check_unet(self)
 
-        from diffusers import UNet2DModel  # seconds to import, and only needed when a U-Net is really built
+        from diffusers import UNet2DModel  # takes seconds to import, so only when a U-Net is built
 
         height = self.shape[1]
         with_attention = [height // 2**level in self.attention for level in range(len(self.multipliers))]
@@ -86,7 +91,7 @@ class UNet(nn.Module):
 
 
 def _norm_groups(channels: int) -> int:
-    """32, or fewer where a group would have less than 4 channels: one alone loses what time and label add to it."""
+    """32, or fewer if a group would have less than 4 channels. A single channel would lose what time and label add."""
     groups = math.gcd(32, channels)
     while groups > 1 and channels < 4 * groups:
         groups //= 2

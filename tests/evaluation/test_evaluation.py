@@ -1,4 +1,4 @@
-"""``scripts/evaluate.py``: its numbers against closed forms and direct computation, its sweeps, and its refusals."""
+"""``scripts/evaluate.py``: its numbers against closed forms and direct computation, and its sweeps."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fmlit.cli.evaluate import evaluate
+from fmlit.cli.evaluate import Sweep, evaluate
 from fmlit.cli.options import Integers, Names
+from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.randomness import training_generator
 from fmlit.core.tensors import to_uint8
 from fmlit.data import Digits
-from fmlit.data.image_files import read_images, save_npz
 from fmlit.data.stores import InMemoryDataset
 from fmlit.evaluation import measurements, reports, scoring
 from fmlit.evaluation.scoring import Scorer, choose_features, nearest_in
@@ -42,7 +43,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture
 def options(tmp_path) -> dict:
-    return {"cache": str(tmp_path / "cache"), "out": str(tmp_path / "out"), "batch_size": 32}
+    return {"out": str(tmp_path / "out"), "scoring": ScoringOptions(cache=str(tmp_path / "cache"), batch_size=32)}
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -93,7 +94,7 @@ def test_the_script_sweeps_and_says_what_it_found(checkpoint, tmp_path, monkeypa
 
 
 def test_an_interrupted_sweep_goes_on(checkpoint, options, monkeypatch):
-    first = evaluate(checkpoint, n=40, steps=Integers([3, 4]), **options)
+    first = evaluate(checkpoint, n=40, sweep=Sweep(steps=Integers([3, 4])), **options)
     path = Path(options["out"]) / "results.jsonl"
     lines = path.read_text().splitlines()
     path.write_text(f"{lines[0]}\n{lines[1][:50]}")  # killed while it wrote the second
@@ -104,35 +105,18 @@ def test_an_interrupted_sweep_goes_on(checkpoint, options, monkeypatch):
         return generate(model, sampler, *args, **kwargs)
 
     monkeypatch.setattr(measurements, "generate", recorded)
-    second = evaluate(checkpoint, n=40, steps=Integers([3, 4]), **options)
+    second = evaluate(checkpoint, n=40, sweep=Sweep(steps=Integers([3, 4])), **options)
     assert drawn == ["heun4"]
     assert [cell["scores"] for cell in second["cells"]] == [cell["scores"] for cell in first["cells"]]
-    evaluate(checkpoint, n=40, steps=Integers([3, 4]), **options)
+    evaluate(checkpoint, n=40, sweep=Sweep(steps=Integers([3, 4])), **options)
+    three = Sweep(steps=Integers([3]))
     assert drawn == ["heun4"]  # its line was not lost behind the half one
-    evaluate(checkpoint, n=41, steps=Integers([3]), **options)
-    evaluate(checkpoint, n=40, steps=Integers([3]), seed=1, **options)
-    evaluate(checkpoint, n=40, steps=Integers([3]), weights="raw", **options)
-    evaluate(checkpoint, n=40, steps=Integers([3]), grid=UniformGrid(), **options)
-    evaluate(checkpoint, n=40, steps=Integers([3]), flip=True, **options)
+    evaluate(checkpoint, n=41, sweep=three, **options)
+    evaluate(checkpoint, n=40, sweep=three, seed=1, **options)
+    evaluate(checkpoint, n=40, sweep=three, weights="raw", **options)
+    evaluate(checkpoint, n=40, sweep=replace(three, grid=UniformGrid()), **options)
+    evaluate(checkpoint, n=40, sweep=three, out=options["out"], scoring=replace(options["scoring"], flip=True))
     assert drawn == ["heun4", "heun3", "heun3", "heun3", "heun3+uniform", "heun3"]
-
-
-def test_pictures_score_like_the_samples_that_they_are(checkpoint, options, tmp_path):
-    folder = tmp_path / "pictures"
-    told = evaluate(checkpoint, n=45, steps=Integers([3]), save_images=str(folder), **options)["cells"][0]
-    (pictures,) = folder.iterdir()
-    assert pictures.name == "heun3-ema-45-seed0"
-    drawn = samples(45, ODESampler("heun", 3))
-    assert torch.equal(read_images(str(pictures), (1, 8, 8)).batch(range(45))[0], drawn)
-    with open(tmp_path / "x.npz", "wb") as file:
-        save_npz(file, drawn)
-    for path in (str(pictures), str(tmp_path / "x.npz")):
-        read = evaluate(images=path, data=Digits(), metrics=Names(["kid", "fid"]), **options)["cells"][0]
-        assert read["scores"]["fd_pixels_45"] == pytest.approx(told["scores"]["fd_pixels_45"], rel=1e-12)
-        assert read["protocol"] == "fdpixels45-train-uint8"
-    # The cell is known, but the pictures that are asked for are not there.
-    evaluate(checkpoint, n=45, steps=Integers([3]), save_images=str(tmp_path / "again"), **options)
-    assert len(list((tmp_path / "again" / pictures.name).iterdir())) == 45
 
 
 @pytest.mark.parametrize("path", [CondOTPath(), VPPath()])
@@ -182,21 +166,13 @@ def test_copies_are_found_wherever_they_are():
     assert torch.allclose(distances[:, 1:], everything.sort(dim=1).values[:, 1:5], rtol=1e-6)
 
 
-def test_neighbours_as_a_picture(checkpoint, options):
-    evaluate(checkpoint, n=33, steps=Integers([3]), neighbours=4, **options)
-    (path,) = Path(options["out"]).glob("neighbours-*.png")
+def test_neighbors_as_a_picture(checkpoint, options):
+    evaluate(checkpoint, n=33, sweep=Sweep(steps=Integers([3]), neighbors=4), **options)
+    (path,) = Path(options["out"]).glob("neighbors-*.png")
     assert Image.open(path).size == ((measurements.NEIGHBORS + 1) * 50 + 2, 4 * 50 + 2)
     record = json.loads((Path(options["out"]) / "results.jsonl").read_text())
     assert len(record["nearest"]) == 4
     assert min(record["nearest"]) > 0
-
-
-def test_only_the_reference(options):
-    cache = options["cache"]
-    told = evaluate(data=Digits(), reference_only=True, splits=Names(["train", "test"]), cache=cache)
-    assert [Path(path).name.split("-")[1] for path in told["references"]] == ["train", "test"]
-    assert sorted(map(str, Path(cache).iterdir())) == sorted(told["references"])
-    assert not Path(options["out"]).exists()
 
 
 def test_features_by_the_size_of_the_images(monkeypatch, tmp_path):
@@ -244,7 +220,7 @@ def test_world_sizes_agree(n, batch, checkpoint, tmp_path):
         out = tmp_path / f"out{size}"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--"]
         command += [str(SCRIPT), "--checkpoint", checkpoint, "--n", str(n), "--batch-size", str(batch), "--steps", "3"]
-        command += ["--metrics", "fid,recall,class,bpd", "--neighbours", "3", "--save-images", str(out / "images")]
+        command += ["--metrics", "fid,recall,class,bpd", "--neighbors", "3", "--save-images", str(out / "images")]
         command += ["--cache", str(tmp_path / f"cache{size}"), "--out", str(out)]
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}

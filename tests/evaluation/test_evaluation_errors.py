@@ -1,5 +1,7 @@
-"""``scripts/evaluate.py`` and what it is not given: one line that names the mistake, and no number."""
+"""What ``evaluate``, ``score`` and ``reference`` refuse: one line that names the mistake, and no number."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fmlit.cli.evaluate import evaluate
+from fmlit.cli.evaluate import Sweep, evaluate
 from fmlit.cli.options import Names, Numbers, run
+from fmlit.cli.reference import reference
+from fmlit.cli.score import score
+from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.data import Digits, ImageFolder, TwoPoints
 from fmlit.data.image_files import read_images, save_npz, save_pngs
 from tests.helpers.known_model import known_model, save_run
@@ -23,7 +28,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture
 def options(tmp_path) -> dict:
-    return {"cache": str(tmp_path / "cache"), "out": str(tmp_path / "out"), "batch_size": 32}
+    return {"out": str(tmp_path / "out"), "scoring": ScoringOptions(cache=str(tmp_path / "cache"), batch_size=32)}
 
 
 def test_pictures_that_are_not_comparable_are_named(tmp_path):
@@ -63,9 +68,9 @@ def test_arrays_that_are_no_images(arrays, said, tmp_path):
         read_images(str(tmp_path / "x.npz"), (1, 8, 8))
 
 
-def refusal(capsys, *args: object) -> str:
+def refusal(capsys, *args: object, command: Callable = evaluate) -> str:
     with pytest.raises(SystemExit) as stopped:
-        run(evaluate, [str(arg) for arg in args])
+        run(command, [str(arg) for arg in args])
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
@@ -76,14 +81,11 @@ def refusal(capsys, *args: object) -> str:
     [
         ("--metrics is", "unknown metric 'is': choose from fid, kid"),
         ("--metrics bpd --steps 5", "--steps has no meaning with --metrics bpd"),
-        ("--images x --guidance 2", "--guidance has no meaning with --images"),
-        ("--images x --metrics fid,class", "metric class asks the model, and --images have none"),
-        ("--images nowhere", "there is no folder nowhere"),
-        ("--images nowhere.npz", "No such file or directory: 'nowhere.npz'"),
-        ("--reference-only --n 50000", "--n has no meaning with --reference_only"),
+        ("--metrics bpd --neighbors 5", "--neighbors has no meaning with --metrics bpd"),
+        ("--images x", "images: no such option"),
         ("--n 1", "n must be at least 2, got 1"),
         ("--batch-size 0", "batch_size must be at least 1"),
-        ("--neighbours -1", "neighbours must be a number of samples"),
+        ("--neighbors -1", "neighbors must be a number of samples"),
         ("--splits train,validation", "split must be one of train, test, got 'validation'"),
         ("--solver heun,hoin", "unknown solver 'hoin'"),
         ("--steps 5,0", "steps must be at least 1, got 0"),
@@ -98,34 +100,60 @@ def test_contradictions_are_named_in_one_line(checkpoint, tmp_path, monkeypatch,
     assert said in refusal(capsys, "--checkpoint", checkpoint, *options.split())
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        (score, "--images x --guidance 2", "guidance: no such option"),
+        (score, "--images x --metrics fid,class", "metric class asks a model, and pictures come without one"),
+        (score, "--images x --metrics fid,fit", "unknown metric 'fit': choose from fid, kid, precision, recall"),
+        (score, "--images nowhere", "there is no folder nowhere"),
+        (score, "--images nowhere.npz", "No such file or directory: 'nowhere.npz'"),
+        (score, "", "images: required, and not given"),
+        (reference, "--n 50000", "n: no such option"),
+        (reference, "--metrics fid", "metrics: no such option"),
+        (reference, "--splits validation", "split must be one of train, test, got 'validation'"),
+    ],
+)
+def test_commands_without_a_model_have_no_options_of_one(
+    command, options, said, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal(capsys, "--checkpoint", checkpoint, *options.split(), command=command)
+    assert not (tmp_path / "data").exists()
+
+
 def test_models_and_data_that_do_not_fit(tmp_path, checkpoint, options, capsys):
     vectors = str(save_run(tmp_path / "vectors", known_model((1,), None), TwoPoints()))
     with pytest.raises(ValueError, match="evaluation is of images, and TwoPoints holds vectors"):
         evaluate(vectors, **options)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"model makes images of shape \(1, 8, 8\), and ImageFolder holds \(3, 9, 9\)"):
-        evaluate(checkpoint, data=ImageFolder(str(tmp_path), 9), **options)
+        evaluate(
+            checkpoint, out=options["out"], scoring=replace(options["scoring"], data=ImageFolder(str(tmp_path), 9))
+        )
     unconditional = str(save_run(tmp_path / "unconditional", known_model(num_classes=None)))
     with pytest.raises(ValueError, match="needs a model of the data's 10 classes, and this one has none"):
         evaluate(unconditional, metrics=Names(["class"]), **options)
     with pytest.raises(ValueError, match=r"guidance 2 needs a class-conditional model"):
-        evaluate(unconditional, guidance=Numbers([2.0]), **options)
+        evaluate(unconditional, sweep=Sweep(guidance=Numbers([2.0])), **options)
     with pytest.raises(ValueError, match="ImageFolder has no test pictures"):
-        evaluate(
-            data=ImageFolder(str(tmp_path), 8), reference_only=True, splits=Names(["test"]), cache=options["cache"]
-        )
-    assert "give a --checkpoint to sample from, or --images to score" in refusal(capsys)
-    assert "give --data, or the --checkpoint" in refusal(capsys, "--reference-only")
+        reference(scoring=replace(options["scoring"], data=ImageFolder(str(tmp_path), 8), splits=Names(["test"])))
+    assert "checkpoint: required, and not given" in refusal(capsys)
+    assert "give --data, or the --checkpoint" in refusal(capsys, command=reference)
+    assert "give --data, or the --checkpoint" in refusal(capsys, "--images", tmp_path, command=score)
 
 
 def test_a_folder_that_cannot_be_written(checkpoint, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        evaluate(checkpoint, n=4, out=str(tmp_path / "file" / "out"), cache=str(tmp_path / "cache"))
+        evaluate(
+            checkpoint, n=4, out=str(tmp_path / "file" / "out"), scoring=ScoringOptions(cache=str(tmp_path / "cache"))
+        )
 
 
 def flags(options: dict) -> list[object]:
-    return [word for name, value in options.items() for word in (f"--{name}", value)]
+    scoring = options["scoring"]
+    return ["--out", options["out"], "--cache", scoring.cache, "--batch-size", scoring.batch_size]
 
 
 def model_with_bias(tmp_path, bias: float) -> str:
@@ -154,9 +182,9 @@ def test_inception_weights_that_are_something_else(content, checkpoint, tmp_path
 
 
 def test_statistics_of_something_else_in_the_cache(checkpoint, options, tmp_path, capsys):
-    cache = {"data": Digits(), "reference_only": True, "cache": options["cache"]}
-    (train,) = evaluate(**cache)["references"]
-    (test,) = evaluate(**cache, splits=Names(["test"]))["references"]
+    scoring = replace(options["scoring"], data=Digits())
+    (train,) = reference(scoring=scoring)["references"]
+    (test,) = reference(scoring=replace(scoring, splits=Names(["test"])))["references"]
     Path(test).replace(train)
     line = refusal(capsys, "--checkpoint", checkpoint, "--n", 70, *flags(options))
     assert f"{train} holds statistics of Identity" in line
@@ -167,5 +195,5 @@ def test_statistics_of_something_else_in_the_cache(checkpoint, options, tmp_path
 def test_too_few_pictures(n, options, tmp_path, capsys):
     with open(tmp_path / "x.npz", "wb") as file:
         save_npz(file, torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
-    line = refusal(capsys, "--images", tmp_path / "x.npz", "--data", "Digits", *flags(options))
+    line = refusal(capsys, "--images", tmp_path / "x.npz", "--data", "Digits", *flags(options), command=score)
     assert f"at least 2 generated images, got {n}" in line

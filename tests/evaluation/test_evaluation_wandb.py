@@ -5,8 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from fmlit.cli.evaluate import evaluate
+from fmlit.cli.evaluate import Sweep, evaluate
 from fmlit.cli.options import Integers
+from fmlit.cli.scoring_options import ScoringOptions
 from tests.helpers.known_model import known_model, save_run
 from tests.helpers.wandb_files import history, no_account, recorded  # noqa: F401  # a fixture among them
 
@@ -19,10 +20,11 @@ pytestmark = [
 def test_table_plot_and_scores_are_in_one_run(tmp_path):
     checkpoint = str(save_run(tmp_path / "runs" / "known", known_model()))
     out = tmp_path / "out"
-    options = {"n": 40, "cache": str(tmp_path / "cache"), "out": str(out), "batch_size": 40, "wandb": "course"}
+    scoring = ScoringOptions(cache=str(tmp_path / "cache"), batch_size=40)
+    options = {"n": 40, "out": str(out), "scoring": scoring, "wandb": "course"}
     cells = []
     for steps in ([2], [2, 3]):
-        cells = evaluate(checkpoint, steps=Integers(steps), **options)["cells"]
+        cells = evaluate(checkpoint, sweep=Sweep(steps=Integers(steps)), **options)["cells"]
     first, second = recorded(out)
     runs = [
         record.run for records in (first, second) for record in records if record.WhichOneof("record_type") == "run"

@@ -1,5 +1,7 @@
 """All metrics of a stream: the right numbers under the right names, and no number for the wrong input."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from fmlit.metrics import (
 )
 from fmlit.metrics.bottom_k import BottomKSample, image_keys
 from fmlit.metrics.image_quality import quantize
+from fmlit.metrics.reference import KEPT
 
 
 def pictures(n: int, seed: int, top: int = 256, size: int = 4) -> Tensor:
@@ -24,9 +27,10 @@ def pictures(n: int, seed: int, top: int = 256, size: int = 4) -> Tensor:
     return torch.randint(0, top, (n, 1, size, size), dtype=torch.uint8, generator=g)
 
 
-def reference_of(images: Tensor, cache, features=None, split: str = "train", **options):
+def reference_of(images: Tensor, cache, features=None, split: str = "train", kept: int = KEPT, **options):
     dataset = [(image, 0) for image in images]
-    return reference_statistics(dataset, f"{images.sum()}", features or PixelFeatures(), split, cache, **options)
+    with mock.patch("fmlit.metrics.reference.KEPT", kept):
+        return reference_statistics(dataset, f"{images.sum()}", features or PixelFeatures(), split, cache, **options)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -88,16 +92,16 @@ def test_scores_do_not_depend_on_order_or_batches(tmp_path):
     assert other.digest != results[0][0]
 
 
-def test_reservoir_is_a_uniform_sample_of_any_order():
+def test_a_bottom_k_sample_is_a_uniform_sample_of_any_order():
     images = pictures(1000, 3)
     keys, rows = image_keys(images), torch.arange(1000.0)[:, None]
     assert len(keys.unique()) == 1000
     drawn = []
     for order in (torch.arange(1000), torch.randperm(1000, generator=torch.Generator().manual_seed(0))):
-        reservoir = BottomKSample(100)
+        sample = BottomKSample(100)
         for part in order.split(33):
-            reservoir.update(keys[part], rows[part])
-        drawn.append(reservoir.rows)
+            sample.update(keys[part], rows[part])
+        drawn.append(sample.rows)
     assert torch.equal(*drawn)
     counts = torch.histc(drawn[0], bins=4, min=0, max=1000)
     assert ((counts - 25).square() / 25).sum() < 16.3  # chi squared with 3 degrees of freedom, p = 0.001

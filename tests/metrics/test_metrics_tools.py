@@ -1,4 +1,4 @@
-"""The numbers of ``scripts/evaluate.py`` against those of the established tools, on the same files.
+"""The numbers of ``scripts/score.py`` against those of the established tools, on the same files.
 
 Pieces of the two photographs that ship inside scikit-learn, as PNGs; minutes on a CPU, and only where FMLIT_INCEPTION
 names the weights. The same comparison on 4,096 images is in docs/evaluation.md.
@@ -11,8 +11,9 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
-from fmlit.cli.evaluate import evaluate
 from fmlit.cli.options import Names
+from fmlit.cli.score import score
+from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.data import ImageFolder
 from fmlit.data.image_files import save_pngs
 from fmlit.metrics import InceptionFeatures, inception
@@ -52,12 +53,10 @@ def folders(pictures, tmp_path_factory) -> list[str]:
 def ours(folders, tmp_path_factory) -> dict[str, float]:
     generated, real = folders
     work = tmp_path_factory.mktemp("work")
-    told = evaluate(
-        images=generated,
-        data=ImageFolder(real, 32),
-        features="inception",
+    told = score(
+        generated,
         metrics=Names(["fid", "kid", "precision", "recall"]),
-        cache=str(work / "cache"),
+        scoring=ScoringOptions(ImageFolder(real, 32), "inception", cache=str(work / "cache")),
         out=str(work / "out"),
     )
     (cell,) = told["cells"]

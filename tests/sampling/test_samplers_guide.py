@@ -9,6 +9,7 @@ import torch
 from fmlit.cli import evaluate as evaluation
 from fmlit.cli import sample as sampling
 from fmlit.cli.options import Integers, Names, Numbers, run
+from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.flows.paths import CosinePath
 from fmlit.flows.predictions import PreconditionedVelocity
@@ -107,11 +108,9 @@ def test_the_scripts_take_a_guide(runs, tmp_path, capsys, monkeypatch):
     told = evaluation.evaluate(
         model,
         n=40,
-        steps=Integers([4]),
-        guidance=Numbers([1.0, 2.0]),
-        guide=guide,
         out=str(tmp_path / "out"),
-        cache=str(tmp_path / "cache"),
+        sweep=evaluation.Sweep(steps=Integers([4]), guidance=Numbers([1.0, 2.0]), guide=guide),
+        scoring=ScoringOptions(cache=str(tmp_path / "cache")),
     )
     assert [cell["name"] for cell in told["cells"]] == ["heun4", "heun4+auto2"]
     assert [cell["nfe"] for cell in told["cells"]] == [7, 14]  # of both networks
@@ -134,4 +133,4 @@ def test_what_a_guide_cannot_be(runs, tmp_path, capsys):
         assert message in line
     assert not (tmp_path / "x.png").exists()
     with pytest.raises(ValueError, match=r"--guide has no meaning with --metrics bpd"):
-        evaluation.evaluate(model, metrics=Names(["bpd"]), guide=model)
+        evaluation.evaluate(model, metrics=Names(["bpd"]), sweep=evaluation.Sweep(guide=model))

@@ -242,7 +242,7 @@ def test_child_of_lightnings_launcher_hears_from_its_parent(out, monkeypatch):
     stray = start(lambda: [agree(lambda: "wrong") for _ in range(3)], out, LOCAL_RANK="1")
     heard, error = results([child, stray], out)
     assert heard == "['first', 'second']"
-    assert error.startswith("ValueError: LOCAL_RANK is 1, but no process has decided")
+    assert error.startswith("UserError: LOCAL_RANK is 1, but no process has decided")
 
 
 def test_several_nodes_need_a_launcher(monkeypatch):
@@ -292,7 +292,7 @@ def test_failure_of_rank_0_reaches_all(out):
         raise OSError("no space\nleft")
 
     tasks = [start(lambda: agree(fail, timeout_s=20), out, **slurm_task(rank, port, 3)) for rank in range(3)]
-    assert results(tasks, out) == ["OSError: no space\nleft", *["ValueError: rank 0: no space"] * 2]
+    assert results(tasks, out) == ["OSError: no space\nleft", *["UserError: rank 0: no space"] * 2]
 
 
 def test_missing_processes_are_named(out):

@@ -29,7 +29,7 @@ from tests.helpers.small_runs import digits_module, tiny_unet
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 FAST = {
     "muon": True,
-    "uncertainty": True,
+    "learned_loss_weight": True,
     "channels_last": True,
     "prediction": PreconditionedVelocity(),
     "time_distribution": LogitNormalTime(stratified=True),

@@ -13,7 +13,7 @@ from fmlit.training.callbacks import Checkpoint
 from fmlit.training.optimizers import MuonAdamW, hidden_matrices
 from tests.helpers.small_runs import digits_module, fit, same, tiny_unet, weights
 
-FAST = {"muon": True, "uncertainty": True, "net": tiny_unet, "betas": (0.9, 0.95), "weight_decay": 0.01}
+FAST = {"muon": True, "learned_loss_weight": True, "net": tiny_unet, "betas": (0.9, 0.95), "weight_decay": 0.01}
 
 
 def test_the_rate_stays_before_it_decays():
@@ -42,7 +42,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(tmp_path):
     fit(second, tmp_path / "part", 4, EMA(), resume=checkpoint, gradient_clip_val=1.0)
     assert same(whole.state_dict(), second.state_dict())
     assert not same(whole.state_dict(), first.state_dict())
-    assert any(name.startswith("uncertainty.") for name in whole.state_dict())
+    assert any(name.startswith("loss_weight.") for name in whole.state_dict())
 
 
 def test_accumulated_batches_make_one_step(tmp_path):
@@ -54,14 +54,14 @@ def test_accumulated_batches_make_one_step(tmp_path):
 
 
 @pytest.mark.parametrize("u", [0.0, 0.7])
-def test_uncertainty_weighs_the_loss_and_not_what_is_reported(u, tmp_path):
+def test_a_learned_weight_weighs_the_loss_and_not_what_is_reported(u, tmp_path):
     plain, weighed = digits_module(), digits_module(learned_loss_weight=True)
     reported, optimised = [], []
     for module in (plain, weighed):
         fit(module, tmp_path, 1)  # which attaches a trainer
         module.model.net.load_state_dict(digits_module().model.net.state_dict())
-        torch.nn.init.constant_(weighed.uncertainty.output.bias, u)
-        torch.nn.init.zeros_(weighed.uncertainty.output.weight)
+        torch.nn.init.constant_(weighed.loss_weight.output.bias, u)
+        torch.nn.init.zeros_(weighed.loss_weight.output.weight)
         module.images_seen = 0
         outputs = module.training_step({"data": torch.ones(6, 1, 8, 8), "labels": torch.arange(6)}, 0)
         reported.append(outputs["losses"])
