@@ -1,10 +1,10 @@
-"""``reference``: the statistics of real images that scores are taken against."""
+"""``fmlit reference``: the statistics of real images that scores are taken against."""
 
 from pathlib import Path
 from typing import Any
 
 from fmlit.cli.scoring_options import ScoringOptions
-from fmlit.storage.run_folder import find_checkpoint
+from fmlit.storage.loading import find_model
 
 
 def reference(checkpoint: str | None = None, scoring: ScoringOptions = ScoringOptions()) -> dict[str, Any] | None:
@@ -20,7 +20,7 @@ def reference(checkpoint: str | None = None, scoring: ScoringOptions = ScoringOp
     Returns:
         The summary; None on every rank but the first.
     """
-    file = None if checkpoint is None else find_checkpoint(checkpoint)
+    file = None if checkpoint is None else find_model(checkpoint, "checkpoint")
     with scoring.scorer((), file) as scorer:
         paths = [str(Path(scorer.cache, statistics.identity.filename)) for statistics in scorer.references]
         return None if scorer.ranks.rank else {"references": paths}

@@ -192,9 +192,8 @@ class TrainingCLI(LightningCLI):
 
     def _build_trainer(self, **settings: Any) -> pl.Trainer:
         try:
-            trainer = super().instantiate_trainer(
-                **{**settings, "callbacks": [*settings["callbacks"]]}
-            )  # it adds to it
+            copied = {**settings, "callbacks": [*settings["callbacks"]]}  # Lightning adds to the list
+            trainer = super().instantiate_trainer(**copied)
             check_launcher(trainer)
             strategy = better_strategy(self.config["trainer"]["strategy"], trainer)
             return unprofiled(super().instantiate_trainer(**settings, strategy=strategy) if strategy else trainer)
@@ -275,7 +274,7 @@ def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, progra
     """``fmlit train``: train by command line, then print one line of JSON.
 
     Without ``--config``, ``default_config`` is put in front. It is no default of the parser, whose values would leak
-    into every other recipe. ``program`` is the name in the help.
+    into every other recipe.
     """
     started = time.perf_counter()
     if not config_files(args) and not {"-c", "--config"} & set(args):

@@ -50,7 +50,7 @@ def test_help_lists_commands_and_recipes(args: list[str], capsys: pytest.Capture
     main(args)
     shown = capsys.readouterr().out
     for name, command in COMMANDS.items():
-        assert f"  {name:10}{command.summary}\n" in shown
+        assert f"  {name:11}{command.summary}\n" in shown
     assert "cifar10_flow, cifar10_score" in shown
 
 
