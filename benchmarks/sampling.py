@@ -11,7 +11,6 @@ from benchmarks.workload import Setup
 from fmlit.cli.options import build_sampler
 from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_seeds
-from fmlit.models.compilation import compile_net
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.budget import affordable_steps
 from fmlit.sampling.generate import balanced_labels
@@ -37,8 +36,7 @@ def sampling(
     with built(setup, steps=1) as cli:
         module, size = cli.model, cli.datamodule.batch_size
     model = module.model.to(setup.device).eval()
-    if module.compile_mode:
-        compile_net(model.net, module.compile_mode)
+    module.execution.compile_net(model.net)
     precision: Precision = "bfloat16" if setup.precision == "bf16-mixed" else "float32"
     samplers = {
         f"{name} at {nfe}": build_sampler(name, steps, UniformGrid(), precision=precision)
@@ -59,8 +57,8 @@ def sampling(
         "shape": list(model.shape),
         "batch_size": size,
         "precision": precision,
-        "compile": module.compile_mode,
-        "channels_last": module.channels_last,
+        "compile": module.execution.compile,
+        "channels_last": module.execution.channels_last,
         "steps": {name: sampler.steps for name, sampler in samplers.items()},
     }
     return Outcome(results, done, details)

@@ -28,7 +28,7 @@ CLONE = Path(fmlit.__file__).parent.parent
 NETS = {"cifar10": "cifar10_flow.yaml", "small": "quickstart.yaml"}
 # What is no part of a training step, and what the other loops do not do.
 OFF = ("--samples.every=null", "--quality.every=null", "--checkpoint.every=null", "--trainer.logger=false")
-PLAIN = ("--model.init_args.muon=false", "--model.init_args.learned_loss_weight=false")
+PLAIN = ("--model.optimizer=fmlit.AdamW", "--model.learned_loss_weight=false")
 
 
 def recipe(net: str) -> Path:
@@ -72,7 +72,7 @@ class Setup:
     def build(self, steps: int, runs: str | Path, devices: int | None = None) -> TrainingCLI:
         """Model, data and Trainer for so many steps, as train.py builds them; the run folder goes into ``runs``.
 
-        Nothing is drawn, scored or saved on the way, W&B is off, and the optimiser is AdamW; ``devices`` is the number
+        Nothing is drawn, scored or saved on the way, W&B is off, and the optimizer is AdamW; ``devices`` is the number
         of processes.
         """
         device = torch.device(self.device)
@@ -82,8 +82,11 @@ class Setup:
         args += ["--trainer.accumulate_grad_batches=1"]
         args += ["--trainer.strategy=ddp"] if devices else []
         args += [] if self.batch_size is None else [f"--data.batch_size={self.batch_size}"]
-        given: dict[str, object] = {"trainer.precision": self.precision, "model.init_args.compile": self.compile}
-        given |= {"model.init_args.channels_last": self.channels_last}
+        given = {
+            "trainer.precision": self.precision,
+            "model.execution.compile": self.compile,
+            "model.execution.channels_last": self.channels_last,
+        }
         args += [f"--{key}={str(value).lower()}" for key, value in given.items() if value is not None]
         with quiet():
             return TrainingCLI(args)
@@ -168,20 +171,20 @@ class Workload:
             images=images,
             labels=labels,
             conditional=module.model.num_classes is not None,
-            label_drop=module.label_drop,
+            label_drop=module.draws.label_drop,
             flip=data.horizontal_flip,
             batch_size=data.batch_size,
             device=device,
             mixed=trainer.precision == "bf16-mixed",
-            learning_rate=module.learning_rate,
+            learning_rate=module.optimizer.learning_rate,
             factor=module.schedule.factor,
-            betas=module.betas,
-            weight_decay=module.weight_decay,
+            betas=module.optimizer.betas,
+            weight_decay=module.optimizer.weight_decay,
             clip=trainer.gradient_clip_val,
             half_lives=average.half_lives,
             ramp=average.ramp,
-            compile=module.compile_mode,
-            channels_last=module.channels_last,
+            compile=module.execution.compile,
+            channels_last=module.execution.channels_last,
         )
 
     def flops(self) -> int:
@@ -197,7 +200,8 @@ def _check(module: object, precision: str) -> None:
     if not isinstance(module, FlowMatchingModule):
         raise UserError(f"net: the benchmark trains by flow matching, and the recipe by {type(module).__name__}")
     model = module.model
-    parts = {UNet: model.net, CondOTPath: model.path, Velocity: model.prediction, UniformTime: module.time_distribution}
+    times = module.draws.time_distribution
+    parts = {UNet: model.net, CondOTPath: model.path, Velocity: model.prediction, UniformTime: times}
     for kind, part in parts.items():
         if type(part) is not kind:
             raise UserError(f"net: the benchmark compares recipes of a {kind.__name__}, not of a {type(part).__name__}")

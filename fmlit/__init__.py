@@ -18,6 +18,7 @@ _HOMES = {  # defining module: its public names
     "fmlit.flows.predictions": "Data Noise PreconditionedVelocity Prediction Score Velocity",
     "fmlit.flows.times": "LogitNormalTime TimeDistribution UniformTime",
     "fmlit.solvers.likelihood": "bits_per_dimension log_likelihood",
+    "fmlit.models.compilation": "Execution",
     "fmlit.models.generative_model": "GenerativeModel",
     "fmlit.models.mlp": "MLP",
     "fmlit.models.unet": "UNet",
@@ -33,8 +34,11 @@ _HOMES = {  # defining module: its public names
     "fmlit.metrics.dinov2": "DINOv2Features",
     "fmlit.metrics.features": "Features NetworkFeatures PixelFeatures",
     "fmlit.metrics.inception": "InceptionFeatures",
+    "fmlit.training.draws": "TrainingDraws",
     "fmlit.training.loggers": "WandbLogger",
     "fmlit.training.modules": "FlowMatchingModule GenerativeModule ScoreMatchingModule",
+    "fmlit.training.optimizers": "AdamW Muon OptimizerConfig TorchOptimizer",
+    "fmlit.training.schedules": "LearningRateSchedule",
 }
 PUBLIC = {name: module for module, names in _HOMES.items() for name in names.split()}
 FOLDERS = ("core", "flows", "solvers", "models", "sampling", "data", "metrics", "storage", "training", "evaluation")
@@ -91,6 +95,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fmlit.metrics.features import NetworkFeatures as NetworkFeatures
     from fmlit.metrics.features import PixelFeatures as PixelFeatures
     from fmlit.metrics.inception import InceptionFeatures as InceptionFeatures
+    from fmlit.models.compilation import Execution as Execution
     from fmlit.models.generative_model import GenerativeModel as GenerativeModel
     from fmlit.models.mlp import MLP as MLP
     from fmlit.models.unet import UNet as UNet
@@ -105,7 +110,13 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fmlit.solvers.likelihood import bits_per_dimension as bits_per_dimension
     from fmlit.solvers.likelihood import log_likelihood as log_likelihood
     from fmlit.storage.loading import load as load
+    from fmlit.training.draws import TrainingDraws as TrainingDraws
     from fmlit.training.loggers import WandbLogger as WandbLogger
     from fmlit.training.modules import FlowMatchingModule as FlowMatchingModule
     from fmlit.training.modules import GenerativeModule as GenerativeModule
     from fmlit.training.modules import ScoreMatchingModule as ScoreMatchingModule
+    from fmlit.training.optimizers import AdamW as AdamW
+    from fmlit.training.optimizers import Muon as Muon
+    from fmlit.training.optimizers import OptimizerConfig as OptimizerConfig
+    from fmlit.training.optimizers import TorchOptimizer as TorchOptimizer
+    from fmlit.training.schedules import LearningRateSchedule as LearningRateSchedule

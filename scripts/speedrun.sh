@@ -23,12 +23,12 @@ name=speedrun; scored=(--compile default --precision bfloat16 --batch_size 1000)
 steps=18; few=5,10,20; guidance=${GUIDANCE:-1.3,1.6,2.0}
 images=${IMAGES:-7680000}
 recipe=(--config configs/cifar10_speedrun.yaml --trainer.logger false --images "$images")
-recipe+=(--model.stable_images $((images * 43 / 100)))
+recipe+=(--model.schedule.stable_images $((images * 43 / 100)))
 recipe+=(--checkpoint.milestones "[$((images / 16)),$((images / 8)),$((images / 4))]")
 if [ -n "${REHEARSE:-}" ]; then
   name=speedrun-rehearsal; scored=(--batch_size 20 --features pixels); n=${N:-20}; sweep=${SWEEP:-10}; steps=3; few=2; guidance=${GUIDANCE:-1.5}
   recipe+=(--model.net.channels 16 --model.net.multipliers "[1,2]" --model.net.blocks 1 --model.net.head_channels 16)
-  recipe+=(--model.compile null --data.batch_size 16 --images 320 --model.warmup_images 32 --model.stable_images 96)
+  recipe+=(--model.execution.compile null --data.batch_size 16 --images 320 --model.schedule.warmup_images 32 --model.schedule.stable_images 96)
   recipe+=(--ema.half_lives "[32,64]" --checkpoint.every 64 --checkpoint.milestones "[32,64]" --samples.every 160)
   recipe+=(--samples.columns 2 --samples.sampler.steps 2 --trainer.log_every_n_steps 5)
   recipe+=(--quality.every 160 --quality.n 10 --quality.batch_size 10 --quality.features fmlit.PixelFeatures)

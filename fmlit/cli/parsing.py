@@ -35,6 +35,7 @@ The arguments of the model, of its parts and of the data depend on their class, 
   train.py --model.help FlowMatchingModule                 ScoreMatchingModule
   train.py --model.net.help fmlit.UNet                     fmlit.MLP
   train.py --model.path.help CondOTPath                    CosinePath, PolynomialPath, VPPath
+  train.py --model.optimizer.help fmlit.Muon               fmlit.AdamW, fmlit.TorchOptimizer
   train.py --data.help CIFAR10                             Digits, MNIST, ImageFolder, ...
   train.py --samples.sampler.help ODESampler               SDESampler
   train.py --trainer.logger.help fmlit.WandbLogger
@@ -46,7 +47,7 @@ for _module in set(fmlit.PUBLIC.values()):
 
 # The same value everywhere: set once, and not where it would be overwritten.
 LINKS = {
-    "model.images": "images",
+    "model.schedule.images": "images",
     "model.seed": "seed_everything",
     "data.seed": "seed_everything",
     "model.shape": "the data",

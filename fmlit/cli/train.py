@@ -153,7 +153,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--images", type=int, default=1_000_000, help="Run length in training images.")
         for key, cls in PARTS.items():
             parser.add_lightning_class_args(cls, key)
-        parser.link_arguments("images", "model.init_args.images")
+        parser.link_arguments("images", "model.init_args.schedule.images")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.link_arguments("seed_everything", "data.init_args.seed")
         parser.link_arguments("data.shape", "model.init_args.shape", apply_on="instantiate")

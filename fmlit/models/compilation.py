@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -9,10 +10,44 @@ import torch._functorch.config
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+from fmlit.core.errors import UserError
+
 log = logging.getLogger(__name__)
 
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a network runs. The results are the same up to rounding.
+
+    Args:
+        channels_last: keep kernels and activations in the channels-last memory format, which suits GPUs.
+        compile: mode of ``torch.compile`` for the network; null runs it without the compiler.
+    """
+
+    channels_last: bool = False
+    compile: CompileMode | None = None
+
+    def set_memory_format(self, net: nn.Module) -> None:
+        """Put the network's kernels into the chosen memory format.
+
+        Raises:
+            UserError: the network has kernels of three dimensions, and channels_last is for images.
+        """
+        if not self.channels_last:
+            return
+        if any(p.ndim == 5 for p in net.parameters()):
+            raise UserError(
+                "model.execution.channels_last is for images, and this network has kernels of three dimensions"
+            )
+        net.to(memory_format=torch.channels_last)
+
+    def compile_net(self, net: nn.Module) -> None:
+        """Compile the network in place, if a mode is given."""
+        if self.compile:
+            compile_net(net, self.compile)
 
 
 def compile_net(net: nn.Module, mode: CompileMode) -> None:

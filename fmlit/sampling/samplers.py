@@ -85,7 +85,7 @@ class Sampler(ABC):
         if self.stochastic and (model.coupled or (guide is not None and guide.coupled)):
             raise UserError(
                 f"{type(self).__name__} needs the score, which does not follow from the velocity of a model that was "
-                f"trained on paired noise and data (model.coupling): use ODESampler, as by --solver heun"
+                f"trained on paired noise and data (model.draws.coupling): use ODESampler, as by --solver heun"
             )
         if self.guidance != 1 and guide is None and model.num_classes is None:
             raise UserError(f"guidance {self.guidance:g} needs a class-conditional model, or a guide")

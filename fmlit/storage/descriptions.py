@@ -34,7 +34,6 @@ def describe(obj: Any) -> Description:
     Raises:
         UserError: a constructor argument is not an attribute of the same name, or its value is not plain data.
     """
-    obj = getattr(obj, "_orig_mod", obj)  # the module inside a torch.compile wrapper
     cls = type(obj)
     if not isinstance(obj, BASES):
         raise UserError(f"only networks, paths, predictions and data can be described, got a {cls.__qualname__}")

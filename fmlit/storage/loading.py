@@ -81,15 +81,15 @@ def _load_checkpoint(path: Path, weights: str, trust: Sequence[str]) -> Generati
 
 
 def _select_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
-    """The state dict of the net, without the ``_orig_mod.`` that torch.compile puts into names."""
+    """The state dict of the net."""
     if weights == "raw":
-        trained = {name.replace("_orig_mod.", ""): value for name, value in checkpoint.get("state_dict", {}).items()}
+        trained = checkpoint.get("state_dict", {})
         return {name.removeprefix("model.net."): v for name, v in trained.items() if name.startswith("model.net.")}
     averaged = checkpoint.get("ema") or {}
     name = next(iter(averaged), weights) if weights == "ema" and "ema" not in averaged else weights
     if name not in averaged:
         raise UserError(f"it holds no weights {weights!r}; choose one of: {', '.join(['raw', *averaged])}")
-    return {key.replace("_orig_mod.", ""): value for key, value in averaged[name].items()}
+    return averaged[name]  # type: ignore[no-any-return]
 
 
 def _check_fit(given: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fmlit.core.errors import UserError
-from fmlit.models.compilation import compile_net
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.training.modules import GenerativeModule
 
@@ -58,8 +57,7 @@ class EMA(pl.Callback):
         assert isinstance(pl_module, GenerativeModule)
         for copy in self.copies.values():
             copy.module.to(pl_module.device)  # the count stays on the CPU, where reading it stalls no queue
-            if pl_module.compile_mode:
-                compile_net(copy.module, pl_module.compile_mode)
+            pl_module.execution.compile_net(copy.module)
         self._parameters = {}
 
     @torch.no_grad()

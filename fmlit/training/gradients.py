@@ -1,4 +1,4 @@
-"""Gradients on their way to the optimiser: clipped, and kept away from the weights where they are not finite."""
+"""Gradients on their way to the optimizer: clipped, and kept away from the weights where they are not finite."""
 
 import math
 
@@ -35,7 +35,7 @@ class GradientGuard:
     def admit(self, optimizer: Optimizer, images_seen: int, clip_val: float | None, algorithm: str | None) -> None:
         """Clip the gradients by their norm (or, with algorithm "value", each value), and stop what is not finite.
 
-        On an accelerator a fused optimiser skips the step there. Elsewhere ``check`` is called at once.
+        On an accelerator a fused optimizer skips the step there. Elsewhere ``check`` is called at once.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [gradient for p in parameters if (gradient := p.grad) is not None]
@@ -71,7 +71,7 @@ class GradientGuard:
         where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
         raise UserError(
             f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "
-            f"as before it: lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
+            f"as before it: lower model.optimizer.learning_rate, set trainer.gradient_clip_val, or look at the data"
         )
 
     def _check_losses(self) -> None:
@@ -85,7 +85,7 @@ class GradientGuard:
         if self._bad_checks > 1:
             raise UserError(
                 f"the loss is not finite on rank {', '.join(map(str, ranks))}: use trainer.precision bf16-mixed or "
-                f"32-true, lower model.learning_rate, set trainer.gradient_clip_val, or look at the data"
+                f"32-true, lower model.optimizer.learning_rate, set trainer.gradient_clip_val, or look at the data"
             )
 
 

@@ -1,4 +1,4 @@
-"""The LightningModules: a ``GenerativeModel``, its optimiser, and one training step. The formulas are in floor 1."""
+"""The LightningModules: a ``GenerativeModel``, its optimizer, and one training step. The formulas are in ``flows``."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -6,107 +6,78 @@ from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from fmlit.core import randomness
 from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule
-from fmlit.flows.couplings import Coupling, IndependentCoupling, transport_cost
+from fmlit.flows.couplings import IndependentCoupling, transport_cost
 from fmlit.flows.loss_weights import LearnedLossWeight
 from fmlit.flows.losses import flow_matching_loss, score_matching_loss
 from fmlit.flows.paths import CondOTPath, GaussianPath, VPPath
 from fmlit.flows.predictions import Noise, Prediction, Score, Velocity
-from fmlit.flows.times import Limits, TimeDistribution, UniformTime, training_limits
-from fmlit.models.compilation import CUDA_GRAPHS, CompileMode, compile_net
+from fmlit.flows.times import Limits, training_limits
+from fmlit.models.compilation import CUDA_GRAPHS, Execution
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.descriptions import describe
+from fmlit.training.draws import GlobalBatch, TrainingDraws
 from fmlit.training.gradients import GradientGuard
-from fmlit.training.optimizers import MuonAdamW, match_state_strides, reconfigure
-from fmlit.training.schedules import Decay, RateSchedule
-
-NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
+from fmlit.training.networks import NetworkFactory, build_network
+from fmlit.training.optimizers import AdamW, OptimizerConfig, match_state_strides, replace_saved_settings
+from fmlit.training.schedules import LearningRateSchedule
 
 
 class GenerativeModule(pl.LightningModule, ABC):
-    """Trains a ``GenerativeModel``; subclasses choose the objective.
-
-    Every draw of a step (times, noise, dropped labels) is made for the global batch from generators keyed by
-    ``(seed, images_seen, stream)``, and each rank takes its slice: nothing is saved, and no two ranks share noise.
+    """Trains a ``GenerativeModel``. Subclasses choose the objective.
 
     Args:
-        net: builds the network from ``(shape, num_classes)``: a class with its other arguments.
-        shape: shape of one data point; the command line takes it from the data.
-        num_classes: classes of the data, or None; the command line takes it from the data.
-        conditional: train a class-conditional model.
+        net: the network, or a function that builds it from ``(shape, num_classes)``, such as ``fmlit.UNet`` or
+            ``functools.partial(fmlit.UNet, channels=64)``. On the command line, a class with its other arguments.
+        shape: shape of one data point, such as (3, 32, 32). A network that is built already knows it. The command line
+            takes it from the data.
+        num_classes: number of classes of the data, or None. The command line takes it from the data.
+        conditional: train a class-conditional model. A network that is built already decides by its ``num_classes``.
         path: the Gaussian path from noise to data.
         prediction: what the network predicts.
-        time_distribution: the law of training times.
-        coupling: how data and noise are paired within a batch.
-        label_drop: probability with which a sample's label is replaced by the null label.
-        images: run length in training images; the decay ends there.
-        learning_rate: of the optimiser, AdamW, after warm-up.
-        warmup_images: images over which the learning rate rises linearly from 0.
-        stable_images: images after warm-up before it decays.
-        decay: the learning rate from then on: "constant", "linear" or "cosine" to 0 at ``images``.
-        betas: AdamW's.
-        weight_decay: AdamW's and Muon's.
-        muon: train hidden matrices and kernels by Muon, the rest by AdamW, at the same learning rate.
+        draws: what a training step draws at random.
+        optimizer: the optimizer and its settings.
+        schedule: the course of the learning rate.
         learned_loss_weight: learn a weight of the loss over t along with the network; see ``LearnedLossWeight``.
-        channels_last: keep kernels and activations in the channels-last format, which suits GPUs.
-        compile: mode of ``torch.compile`` for the network; null runs it plainly.
-        seed: of all training draws; the command line takes it from ``seed_everything``.
+        execution: memory format and compilation of the network.
+        seed: seed of all training draws. The command line takes it from ``seed_everything``.
+
+    Raises:
+        UserError: the network, the shape and the classes do not fit together.
     """
 
     def __init__(
         self,
         net: NetworkFactory,
-        shape: Sequence[int],
+        shape: Sequence[int] | None = None,
         num_classes: int | None = None,
         conditional: bool = False,
         path: GaussianPath = CondOTPath(),
         prediction: Prediction = Velocity(),
-        time_distribution: TimeDistribution = UniformTime(),
-        coupling: Coupling = IndependentCoupling(),
-        label_drop: float = 0.1,
-        images: int = 1_000_000,
-        learning_rate: float = 2e-4,
-        warmup_images: int = 0,
-        stable_images: int = 0,
-        decay: Decay = "constant",
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        muon: bool = False,
+        draws: TrainingDraws = TrainingDraws(),
+        optimizer: OptimizerConfig = AdamW(),
+        schedule: LearningRateSchedule = LearningRateSchedule(),
         learned_loss_weight: bool = False,
-        channels_last: bool = False,
-        compile: CompileMode | None = None,
+        execution: Execution = Execution(),
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if conditional and num_classes is None:
-            raise UserError("conditional: true needs data with classes, and this data has none")
-        if not 0 <= label_drop <= 1:
-            raise UserError(f"label_drop must be a probability in [0, 1], got {label_drop}")
-        if not learning_rate > 0:
-            raise UserError(f"learning_rate must be positive, got {learning_rate}")
-        self.schedule = RateSchedule(images, warmup_images, stable_images, decay)
-        classes = num_classes if conditional else None
-        coupled = not isinstance(coupling, IndependentCoupling)
-        self.model = GenerativeModel(net(tuple(shape), classes), path, prediction, shape, classes, coupled)
-        self.time_distribution, self.coupling, self.label_drop = time_distribution, coupling, label_drop
+        network, shape, classes = build_network(net, shape, num_classes, conditional)
+        coupled = not isinstance(draws.coupling, IndependentCoupling)
+        self.model = GenerativeModel(network, path, prediction, shape, classes, coupled)
         self.loss_weight = LearnedLossWeight() if learned_loss_weight else None
-        if channels_last:
-            if any(p.ndim == 5 for p in self.model.net.parameters()):
-                raise UserError("channels_last is of images, and this network has kernels of three dimensions")
-            self.model.net.to(memory_format=torch.channels_last)
-        self.channels_last = channels_last
-        self.muon, self.compile_mode = muon, compile
-        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
+        self.draws, self.optimizer, self.schedule, self.execution = draws, optimizer, schedule, execution
+        execution.set_memory_format(network)
         self.seed = seed
         self.images_seen = 0
         self._ending = False
@@ -124,13 +95,12 @@ class GenerativeModule(pl.LightningModule, ABC):
     def on_fit_start(self) -> None:
         self._ending = False
         self.zero_grad()  # an earlier fit may have been interrupted between accumulated batches
-        if self.compile_mode in CUDA_GRAPHS and self.trainer.accumulate_grad_batches > 1:
+        if self.execution.compile in CUDA_GRAPHS and self.trainer.accumulate_grad_batches > 1:
             raise UserError(  # the next graph would write over gradients that are still being summed
-                f"model.compile: {self.compile_mode} and trainer.accumulate_grad_batches do not go together; choose "
-                f"max-autotune-no-cudagraphs or default"
+                f"model.execution.compile: {self.execution.compile} and trainer.accumulate_grad_batches do not go "
+                f"together; choose max-autotune-no-cudagraphs or default"
             )
-        if self.compile_mode:
-            compile_net(self.model.net, self.compile_mode)
+        self.execution.compile_net(self.model.net)
 
     def on_train_start(self) -> None:
         self.guard.to(self.device)
@@ -139,17 +109,17 @@ class GenerativeModule(pl.LightningModule, ABC):
             match_state_strides(optimizer)
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.world_size > 1 and isinstance(data, DataModule):
-            share = data.rank_slice().size
-            if not self.coupling.keeps_pairs(share):
+            share, coupling = data.rank_slice().size, self.draws.coupling
+            if not coupling.keeps_pairs(share):
                 rank_zero_warn(
-                    f"model.coupling: {self.coupling} pairs other points on {self.trainer.world_size} processes, each "
+                    f"model.draws.coupling: {coupling} pairs other points on {self.trainer.world_size} processes, each "
                     f"with {share} of a batch, than on one; set across_ranks: true to keep the recipe"
                 )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         z, labels = batch["data"], batch["labels"] if self.model.num_classes is not None else None
         drawn, t, labels = self._draw(len(z), labels)
-        eps = self._couple(z, drawn, labels)
+        eps = self.draws.couple(self._global_batch(len(z)), z, drawn, labels)
         dropout = randomness.key(self.seed, self.images_seen, "dropout", self.global_rank)
         randomness.seed_layers(dropout, self.device)
         losses = self.loss(z, eps, t, labels)
@@ -170,49 +140,21 @@ class GenerativeModule(pl.LightningModule, ABC):
         elif self._ending:
             self.trainer.should_stop = True
 
-    def _draw(self, size: int, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This rank's slice of the global batch's noise, times, and labels after dropping."""
-        total = size * self.trainer.world_size
-        mine = self._slice(size)
+    def _draw(self, share: int, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's noise and times for the next batch, and its labels after dropping."""
+        return self.draws.draw(self._global_batch(share), self.model, self.time_limits, labels)
 
-        def generator(stream: str) -> torch.Generator:
-            return randomness.training_generator(self.seed, self.images_seen, stream, self.device)
+    def _global_batch(self, share: int) -> GlobalBatch:
+        """The next batch over all ranks, each with ``share`` rows."""
+        ranks = self.global_rank, self.trainer.world_size
+        return GlobalBatch(self.seed, self.images_seen, share, *ranks, self.device)
 
-        eps = torch.randn(total, *self.model.shape, generator=generator("noise"), device=self.device)[mine]
-        t = self.time_distribution.sample(total, generator("time"), self.time_limits)[mine]
-        if labels is not None and self.label_drop > 0:
-            dropped = torch.rand(total, generator=generator("labels"), device=self.device)[mine] < self.label_drop
-            labels = torch.where(dropped, self.model.null_label, labels)  # type: ignore[arg-type]  # there are classes
-        return eps, t, labels
-
-    def _couple(self, z: Tensor, eps: Tensor, labels: Tensor | None) -> Tensor:
-        """This rank's slice of the noise, paired with its data."""
-        if not self.coupling.across_ranks or self.trainer.world_size == 1:
-            return self.coupling(z, eps, labels)
-
-        def everywhere(x: Tensor) -> Tensor:
-            parts = [torch.empty_like(x) for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather(parts, x.contiguous())
-            return torch.cat(parts)
-
-        coupled = self.coupling(everywhere(z), everywhere(eps), None if labels is None else everywhere(labels))
-        return coupled[self._slice(len(z))]
-
-    def _slice(self, size: int) -> slice:
-        """Which rows of a global micro-batch are this rank's."""
-        return slice(self.global_rank * size, (self.global_rank + 1) * size)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        settings: dict[str, Any] = {"lr": self.learning_rate, "betas": self.betas, "weight_decay": self.weight_decay}
-        settings["fused"] = not self._scaled  # a gradient scaler and clipping do not go together with it
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         others = [] if self.loss_weight is None else [p for p in self.loss_weight.parameters() if p.requires_grad]
-        optimizer: Optimizer
-        if self.muon:
-            optimizer = MuonAdamW(self.model.net, others=others, **settings)
-        else:
-            optimizer = torch.optim.AdamW([*self.model.net.parameters(), *others], **settings)
+        # A gradient scaler and clipping do not go together with fused kernels.
+        optimizer = self.optimizer.build(self.model.net, others, fused=not self._scaled)
         # Keyed by images, not by steps: the recipe stays the same when the batch size changes.
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self.schedule.factor(self.images_seen))
+        scheduler = LambdaLR(optimizer, lambda _: self.schedule.factor(self.images_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(
@@ -243,7 +185,7 @@ class GenerativeModule(pl.LightningModule, ABC):
     ) -> None:
         """Clip, and keep a gradient that is not finite away from the weights, on every rank.
 
-        Not by ``clip_gradients``, which refuses fused optimisers in mixed precision: right where gradients are scaled.
+        Not by ``clip_gradients``, which refuses fused optimizers in mixed precision: right where gradients are scaled.
         """
         if self._scaled:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -253,6 +195,7 @@ class GenerativeModule(pl.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_seen"] = self.images_seen
         checkpoint["model_description"] = describe(self.model)
+        checkpoint["optimizer"] = self.optimizer.kind
         if isinstance(self.trainer.datamodule, DataModule):  # type: ignore[attr-defined]
             checkpoint["data_description"] = describe(self.trainer.datamodule)  # type: ignore[attr-defined]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -264,12 +207,9 @@ class GenerativeModule(pl.LightningModule, ABC):
         self.images_seen = checkpoint["images_seen"]
         checkpoint.get("callbacks", {}).pop(Timer.__name__, None)  # trainer.max_time is that of each launch
         if type(self).configure_optimizers is GenerativeModule.configure_optimizers:  # not a user's own
-            rates = self.learning_rate, self.schedule.factor(self.images_seen)
-            reconfigure(checkpoint, *rates, betas=self.betas, weight_decay=self.weight_decay)
-        # What was saved of a network wrapped by torch.compile.
-        for state in (checkpoint["state_dict"], *checkpoint.get("ema", {}).values()):
-            for name in [name for name in state if "_orig_mod." in name]:
-                state[name.replace("_orig_mod.", "")] = state.pop(name)
+            if (saved := checkpoint["optimizer"]) != self.optimizer.kind:
+                raise UserError(f"model.optimizer: the checkpoint was trained by {saved}, not {self.optimizer.kind}")
+            replace_saved_settings(checkpoint, self.configure_optimizers()["optimizer"])
 
 
 class FlowMatchingModule(GenerativeModule):

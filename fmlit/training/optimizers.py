@@ -1,192 +1,180 @@
-"""``MuonAdamW``: Muon for hidden matrices and kernels, AdamW for the rest, as one optimiser; the layout of states."""
+"""Optimizers as a recipe names them: settings that build a ``torch.optim.Optimizer`` once the network exists."""
 
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from fmlit.core.errors import UserError
-
-MIN_CHANNELS = 16  # pictures have fewer, so that the first and the last layer of a U-Net are not hidden
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x -> a x + b x^3 + c x^5, the steepest at 0 (Jordan 2024)
-RMS_OF_ADAMW = 0.2  # root mean square of AdamW's update in units of its learning rate (Liu et al. 2025, section 2.2)
+from fmlit.training.muon import MuonAdamW
 
 
-def hidden_matrices(net: nn.Module) -> list[nn.Parameter]:
-    """The weights of Linear and Conv layers with at least 16 channels on both sides, in the order of ``parameters()``.
+class OptimizerConfig(ABC):
+    """The settings of an optimizer, and how to build it.
 
-    A kernel is the matrix (out, in * k * k). Where convolutions are grouped, the channels of a group count as "in", so
-    depthwise ones are left out; so are transposed ones, whose first dimension is "in". An ``MLP``'s first and last
-    layer count as hidden where the data has 16 values or more.
+    ``AdamW`` and ``Muon`` are ready to use, and ``TorchOptimizer`` covers the rest of ``torch.optim``. For any other
+    optimizer write a frozen dataclass::
+
+        @dataclass(frozen=True)
+        class Lion(fmlit.OptimizerConfig):
+            learning_rate: float = 1e-4
+
+            def build(self, net, others=(), fused=False):
+                return lion_pytorch.Lion([*net.parameters(), *others], lr=self.learning_rate)
+
+    A recipe names it as ``optimizer: my_package.Lion``.
+
+    Attributes:
+        learning_rate: the learning rate after warm-up.
     """
-    layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
-    weights = {layer.weight for layer in layers if min(layer.weight.shape[:2]) >= MIN_CHANNELS}
-    return [parameter for parameter in net.parameters() if parameter in weights]
+
+    learning_rate: float
+
+    @property
+    def kind(self) -> str:
+        """The name of the algorithm. A run can only be resumed with the one that it was started with."""
+        return type(self).__name__
+
+    @abstractmethod
+    def build(self, net: nn.Module, others: Iterable[nn.Parameter] = (), fused: bool = False) -> Optimizer:
+        """Build the optimizer.
+
+        Args:
+            net: the network.
+            others: parameters outside the network to train as well.
+            fused: use the fused kernel of torch, if the optimizer has one.
+        """
 
 
-class MuonAdamW(Optimizer):
-    """Muon (Jordan 2024) for ``hidden_matrices(net)``, AdamW for the other parameters of ``net`` and for ``others``.
-
-    Muon's update is the momentum's nearest orthogonal matrix, roughly, times ``0.2 sqrt(max(out, in * k * k))``: then
-    its root mean square is AdamW's, and both parts share one learning rate and one decoupled weight decay (Liu et al.
-    2025, "Muon is scalable for LLM training").
-
-    ``torch.optim.Muon`` takes 2-D parameters alone, launches every matrix on its own, and cannot skip a step without
-    waiting for the device. Here kernels are reshaped, matrices of one shape go through Newton-Schulz together, and
-    where ``found_inf`` (a float tensor on the device, as gradient scalers set it; needs ``fused``) is 1, nothing moves.
-
-    Cost per step, whatever the batch: ``ns_steps (4 m^2 n + 2 m^3)`` FLOPs for a matrix of m x n, m <= n. Memory: one
-    buffer as large as the weights, where AdamW has two.
+@dataclass(frozen=True)
+class AdamW(OptimizerConfig):
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101).
 
     Args:
-        net: the network.
-        lr: learning rate of both parts.
-        betas: AdamW's.
-        weight_decay: decoupled, of both parts.
-        momentum: Muon's, a running mean of gradients.
-        nesterov: look one step of the momentum ahead.
-        ns_steps: Newton-Schulz iterations.
-        fused: use AdamW's fused kernel.
-        others: parameters outside the network.
+        learning_rate: learning rate after warm-up.
+        betas: decay rates of the two moments.
+        weight_decay: decoupled weight decay.
 
     Raises:
-        UserError: a setting is out of range, or the network has no hidden matrix.
+        UserError: a setting is out of range.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_steps: int = 5,
-        fused: bool = False,
-        others: Iterable[nn.Parameter] = (),
-    ) -> None:
-        if not 0 <= momentum < 1:
-            raise UserError(f"momentum must lie in [0, 1), got {momentum}")
-        if ns_steps < 1:
-            raise UserError(f"ns_steps must be at least 1, got {ns_steps}")
-        matrices = hidden_matrices(net)
-        if not matrices:
-            raise UserError(
-                f"{type(net).__name__} has no hidden matrix for Muon, that is no Linear or Conv layer with at least "
-                f"{MIN_CHANNELS} channels on both sides: use AdamW, or a wider network"
-            )
-        taken = set(matrices)
-        rest = [parameter for parameter in net.parameters() if parameter not in taken]
-        # A list of groups, since a plain list of parameters may not be empty.
-        self._adamw = AdamW([{"params": [*rest, *others]}], lr, betas, weight_decay=weight_decay, fused=fused)
-        settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
-        muon = {"params": matrices, **settings, "ns_steps": ns_steps, "muon": True}
-        super().__init__([*self._adamw.param_groups, muon], {})
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of both parts; returns what ``closure`` returns, which is called first, with gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        others, muon = self.param_groups
-        self._adamw.param_groups, self._adamw.state = [others], self.state  # load_state_dict has new ones made
-        found_inf = getattr(self, "found_inf", None)  # not before the closure, which may set it
-        self._adamw.found_inf = found_inf  # type: ignore[attr-defined]
-        self._adamw.step()
-        skip = None if found_inf is None else found_inf.bool()
-        for parameters in _by_matrix_shape(muon["params"]):
-            self._step_matrices(parameters, muon, skip)
-        return loss
+    def __post_init__(self) -> None:
+        _check_learning_rate(self.learning_rate)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        if not self.weight_decay >= 0:
+            raise UserError(f"weight_decay must not be negative, got {self.weight_decay}")
 
-    def _step_matrices(self, parameters: list[Tensor], group: dict[str, Any], skip: Tensor | None) -> None:
-        """Muon's step for parameters that are matrices of one shape."""
-        momenta = [self._momentum(parameter) for parameter in parameters]
-        gradient = _stack([p.grad for p in parameters if p.grad is not None])
-        momentum, weight = _stack(momenta), _stack(parameters)
-        if skip is not None:
-            # Multiplying by 0 would not do: 0 * nan is nan. With itself for a gradient the momentum stays what it is.
-            gradient = torch.where(skip, momentum, gradient)
-        momentum.lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        update = orthogonalize(update.to(_precision(update.device)), group["ns_steps"]).to(weight.dtype)
-        size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(update.shape[1:]))
-        moved = (weight * (1 - group["lr"] * group["weight_decay"])).sub_(update, alpha=size)
-        if skip is not None:
-            moved = torch.where(skip, weight, moved)
-        # Into the old tensors: they keep their strides, so that channels_last stays channels_last.
-        torch._foreach_copy_(momenta, [new.view_as(old) for new, old in zip(momentum, momenta, strict=True)])
-        torch._foreach_copy_(parameters, [new.view_as(old) for new, old in zip(moved, parameters, strict=True)])
-
-    def _momentum(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state["momentum_buffer"]
+    def build(self, net: nn.Module, others: Iterable[nn.Parameter] = (), fused: bool = False) -> Optimizer:
+        parameters = [*net.parameters(), *others]
+        return torch.optim.AdamW(
+            parameters, self.learning_rate, self.betas, weight_decay=self.weight_decay, fused=fused
+        )
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The orthogonal factor U V^T of each matrix U S V^T, roughly: in place of S, values between 0.68 and 1.21.
+@dataclass(frozen=True)
+class Muon(AdamW):
+    """Muon for hidden matrices and kernels, AdamW for the rest (Jordan 2024, https://kellerjordan.github.io/posts/muon).
 
-    ``steps`` Newton-Schulz iterations on all matrices (n, rows, columns) at once, in their precision. The bounds are
-    those of 5 steps, for singular values of at least 0.0015 times the Frobenius norm; smaller ones stay smaller.
+    Both parts share the learning rate and the weight decay. ``MuonAdamW`` describes the algorithm.
+
+    Args:
+        learning_rate: learning rate after warm-up, of both parts.
+        betas: decay rates of AdamW's two moments.
+        weight_decay: decoupled weight decay, of both parts.
+        momentum: decay rate of Muon's running mean of gradients.
+        nesterov: look one step of the momentum ahead.
+        ns_steps: Newton-Schulz iterations.
+
+    Raises:
+        UserError: a setting is out of range; from ``build``, if the network has no hidden matrix.
     """
-    a, b, c = NEWTON_SCHULZ
-    tall = matrices.size(1) > matrices.size(2)
-    x = matrices.mT if tall else matrices  # the smaller of the two Gram matrices
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
-    for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must lie in [0, 1), got {self.momentum}")
+        if self.ns_steps < 1:
+            raise UserError(f"ns_steps must be at least 1, got {self.ns_steps}")
+
+    def build(self, net: nn.Module, others: Iterable[nn.Parameter] = (), fused: bool = False) -> Optimizer:
+        shared = self.learning_rate, self.betas, self.weight_decay
+        return MuonAdamW(net, *shared, self.momentum, self.nesterov, self.ns_steps, fused, others)
 
 
-def _precision(device: torch.device) -> torch.dtype:
-    """Newton-Schulz's: bfloat16 is enough for it (Jordan 2024), but slow on CPUs that have no instructions for it."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+@dataclass(frozen=True)
+class TorchOptimizer(OptimizerConfig):
+    """Any optimizer of ``torch.optim``, by name.
+
+    For example ``--model.optimizer TorchOptimizer --model.optimizer.name SGD --model.optimizer.settings.momentum 0.9``.
+
+    Args:
+        name: name of the class in ``torch.optim``, such as SGD.
+        learning_rate: learning rate after warm-up.
+        settings: the other arguments of the class. Give ``fused: true`` here if you want its fused kernel.
+
+    Raises:
+        UserError: no such class; from ``build``, if the class refuses the settings or the network.
+    """
+
+    name: str
+    learning_rate: float = 2e-4
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_learning_rate(self.learning_rate)
+        known = [name for name, cls in vars(torch.optim).items() if isinstance(cls, type) and name != "Optimizer"]
+        if self.name not in known:
+            near = difflib.get_close_matches(self.name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(known))}"
+            raise UserError(f"name: torch.optim has no optimizer {self.name}; {hint}")
+
+    @property
+    def kind(self) -> str:
+        return self.name
+
+    def build(self, net: nn.Module, others: Iterable[nn.Parameter] = (), fused: bool = False) -> Optimizer:
+        try:
+            cls = getattr(torch.optim, self.name)
+            return cls([*net.parameters(), *others], lr=self.learning_rate, **self.settings)  # type: ignore[no-any-return]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model.optimizer: torch.optim.{self.name}: {error}") from error
 
 
-def _by_matrix_shape(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Those with a gradient, in groups that can be stacked."""
-    groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            rows = parameter.size(0)
-            groups[rows, parameter.numel() // rows, parameter.device, parameter.dtype].append(parameter)
-    return groups.values()
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """(n, rows, columns), in the order of the indices whatever the memory format."""
-    return torch.stack([tensor.flatten(1) for tensor in tensors])
+def _check_learning_rate(learning_rate: float) -> None:
+    if not learning_rate > 0:
+        raise UserError(f"learning_rate must be positive, got {learning_rate}")
 
 
 def match_state_strides(optimizer: Optimizer) -> None:
-    """Give the optimiser's state the strides of its parameters, whose memory format may be new since it was saved."""
+    """Give the optimizer's state the strides of its parameters, whose memory format may differ from the saved one."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def reconfigure(checkpoint: dict[str, Any], learning_rate: float, factor: float, **settings: Any) -> None:
-    """Put the settings of now in place of those with which a Lightning checkpoint was saved.
+def replace_saved_settings(checkpoint: dict[str, Any], optimizer: Optimizer) -> None:
+    """Overwrite the settings in a Lightning checkpoint, in place, by those of a new optimizer with its scheduler.
 
-    Args:
-        checkpoint: its optimisers' and schedulers' states are changed in place.
-        learning_rate: of the whole run.
-        factor: the share of it that is due at this point.
-        settings: others, for those groups of parameters that have them.
+    Otherwise ``load_state_dict`` would bring back the settings with which the checkpoint was saved.
     """
     for state in checkpoint.get("optimizer_states", []):
-        for group in state["param_groups"]:
-            group.update({name: value for name, value in settings.items() if name in group})
-            group.update(lr=learning_rate * factor, initial_lr=learning_rate)
+        for saved, current in zip(state["param_groups"], optimizer.param_groups, strict=True):
+            saved.update({name: value for name, value in current.items() if name != "params"})
     for state in checkpoint.get("lr_schedulers", []):
-        state["base_lrs"] = [learning_rate] * len(state["base_lrs"])
+        state["base_lrs"] = [group["initial_lr"] for group in optimizer.param_groups]

@@ -48,10 +48,7 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
         _differences(_lasting(checkpoint.get("model_description")), _lasting(describe(module.model)), "model")
     )
     differences = differences or list(_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())))
-    states = checkpoint.get("optimizer_states") or [{}]
-    trained_by_muon = len(states[0].get("param_groups", [{}])) > 1
-    if not differences and states[0] and trained_by_muon != module.muon:
-        differences.append(f"model.muon ({trained_by_muon} there, {module.muon} here)")
+    differences = differences or list(_differences(checkpoint["optimizer"], module.optimizer.kind, "model.optimizer"))
     if differences:
         raise UserError(
             f"{_listed(differences)}: {path} holds another model; resume with the configuration in "
@@ -81,14 +78,14 @@ def take_weights(path: str, module: GenerativeModule) -> None:
         model = load(found, trust=trust)
     except (OSError, ValueError) as error:
         raise UserError(f"start_from: {error}") from error
-    weights, net = model.net.state_dict(), module.model.net
-    differences = list(_differences(_shapes(weights), _shapes(net.state_dict())))
+    weights = model.net.state_dict()
+    differences = list(_differences(_shapes(weights), _shapes(module.model.net.state_dict())))
     if differences:
         raise UserError(
             f"start_from: {_listed(differences)}: {found} holds another network; give model.net the arguments that it "
             f"was trained with, on data with as many classes, or start without it"
         )
-    net.load_state_dict({name: weights[_plain_name(name)] for name in net.state_dict()})
+    module.model.net.load_state_dict(weights)
 
 
 def _lasting(description: Any) -> Any:
@@ -138,9 +135,4 @@ def _plain(value: Any) -> Any:
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
-    return {_plain_name(name): list(value.shape) for name, value in state.items()}
-
-
-def _plain_name(name: str) -> str:
-    """Without what torch.compile puts into the names of tensors."""
-    return name.replace("_orig_mod.", "")
+    return {name: list(value.shape) for name, value in state.items()}

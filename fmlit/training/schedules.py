@@ -1,4 +1,4 @@
-"""The course of the learning rate over a run, in images: the same for every batch size."""
+"""The learning rate as a function of the images seen, so that it does not depend on the batch size."""
 
 import math
 from dataclasses import dataclass
@@ -10,35 +10,41 @@ Decay = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
-class RateSchedule:
-    """Linear warm-up from 0, a constant part, then the decay.
+class LearningRateSchedule:
+    """The learning rate over a run: a linear warm-up from 0, a constant part, then the decay.
 
     Args:
-        images: run length; the decay ends there.
-        warmup_images: images of the warm-up.
-        stable_images: images after it before the decay.
-        decay: "constant" for none, or "linear" or "cosine" to 0.
+        images: run length in training images, where the decay ends. The command line takes it from ``images``.
+        warmup_images: images over which the learning rate rises from 0.
+        stable_images: images after the warm-up before the decay begins.
+        decay: "constant" for no decay, or "linear" or "cosine" to 0 at ``images``.
+
+    Raises:
+        UserError: a number is out of range, or nothing is left of the run for the decay.
     """
 
-    images: int
+    images: int = 1_000_000
     warmup_images: int = 0
     stable_images: int = 0
     decay: Decay = "constant"
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.warmup_images < 0 or self.stable_images < 0:
-            given = f"{self.images}, {self.warmup_images} and {self.stable_images}"
-            raise UserError(f"images must be positive, warmup_images and stable_images not negative, got {given}")
+            raise UserError(
+                f"model.schedule: images must be positive, warmup_images and stable_images not negative, got "
+                f"{self.images}, {self.warmup_images} and {self.stable_images}"
+            )
         if self.decay not in get_args(Decay):
-            raise UserError(f"unknown decay {self.decay!r}: choose from {', '.join(get_args(Decay))}")
+            choices = ", ".join(get_args(Decay))
+            raise UserError(f"model.schedule: unknown decay {self.decay!r}: choose from {choices}")
         if self.decay != "constant" and self.stable_images and self.warmup_images + self.stable_images >= self.images:
             raise UserError(
-                f"stable_images {self.stable_images:,} leaves nothing of the {self.images:,} images for the decay, "
-                f"after {self.warmup_images:,} for warm-up: scale it with the run length"
+                f"model.schedule: stable_images {self.stable_images:,} leaves nothing of the {self.images:,} images "
+                f"for the decay, after {self.warmup_images:,} for warm-up: scale it with the run length"
             )
 
     def factor(self, images_seen: int) -> float:
-        """The share of the learning rate that is used after ``images_seen`` images."""
+        """The factor on the learning rate after ``images_seen`` images, in [0, 1]."""
         if images_seen < self.warmup_images:
             return images_seen / self.warmup_images
         if self.decay == "constant":

@@ -152,7 +152,7 @@ def test_the_setup_builds_what_train_builds(tmp_path):
         assert cli.datamodule.batch_size == 6
         work = Workload.of(cli, CPU)
         assert work.mixed
-        assert (work.clip, work.half_lives, work.learning_rate) == (1.0, (100, 200), cli.model.learning_rate)
+        assert (work.clip, work.half_lives, work.learning_rate) == (1.0, (100, 200), cli.model.optimizer.learning_rate)
         folder = cli.run_folder
         assert folder.exists()
     assert not folder.exists()
@@ -191,7 +191,7 @@ def test_layout_and_compiler_are_those_that_are_asked_for(tmp_path, monkeypatch)
     kernel = loops.BareLoop(work).net.unet.mid_block.resnets[0].conv1.weight
     assert kernel.is_contiguous(memory_format=torch.channels_last)
     assert not kernel.is_contiguous()
-    assert cli.model.compile_mode == "reduce-overhead"
+    assert cli.model.execution.compile == "reduce-overhead"
     assert compiled == ["reduce-overhead"]
     published_loop = published.PublishedFlowMatching.__new__(published.PublishedFlowMatching)
     published_loop.work, published_loop.device = work, CPU

@@ -107,7 +107,7 @@ def test_it_begins_with_what_it_is_and_explains_its_length(path: Path) -> None:
 def test_it_sets_nothing_that_belongs_to_a_launch_or_is_linked(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     assert not {"runs", "name", "resume"} & content.keys()
-    linked = {key.split(".")[1] for key in LINKS}
+    linked = {key.rpartition(".")[2] for key in LINKS}
     assert not linked & set(names(content["model"]))
     assert "seed" not in names(content["data"])
     assert not {"devices", "accelerator", "strategy", "num_nodes"} & set(names(content.get("trainer")))

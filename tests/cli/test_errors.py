@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fmlit.cli import errors
+from fmlit.cli.parsing import LINKS
 from fmlit.core.errors import FileError, LostProcessError, UserError
 from fmlit.training.modules import FlowMatchingModule
 from tests.helpers.tiny_cli import CONFIGS, recipe, runs_in, train
@@ -63,7 +64,11 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("--imagess=3", "imagess: no such option; did you mean images?"),
         ("--xyz=3", "xyz: no such option; --help lists them"),
-        ("--model.lerning_rate=3", "model.lerning_rate: no such option; did you mean model.learning_rate?"),
+        ("--model.sched=3", "model.sched: no such option; did you mean model.schedule?"),
+        (
+            "--model.optimizer.lerning_rate=3",
+            "model.optimizer.lerning_rate: no such option; did you mean model.optimizer.learning_rate?",
+        ),
         ("--model.net.widht=3", "model.net.widht: no such option; did you mean model.net.width?"),
         ("--model.init_args.net.init_args.widht=3", "model.net.widht: no such option; did you mean model.net.width?"),
         (
@@ -115,11 +120,15 @@ def test_unknown_keys_of_a_recipe_are_named_as_on_the_command_line(
     [
         ("--images=abc", "images", "Expected an int. Got value: abc"),
         ("--model.net.width=abc", "model.net.width", "Expected an int. Got value: abc"),
-        ("--model.betas=[1,x]", "model.betas", "Expected a float. Got value: x"),
+        ("--model.optimizer.betas=[1,x]", "model.optimizer.betas", "Expected a float. Got value: x"),
         ("--samples.every=abc", "samples.every", "Expected an int. Got value: abc"),
         ("--samples.sampler.grid.rho=x", "samples.sampler.grid.rho", "Expected a float. Got value: x"),
         ("--samples.sampler.method=eulr", "samples.sampler.method", "Expected one of ['euler', "),
-        ("--model.decay=fast", "model.decay", "Expected one of ['constant', 'linear', 'cosine']. Got value: fast"),
+        (
+            "--model.schedule.decay=fast",
+            "model.schedule.decay",
+            "Expected one of ['constant', 'linear', 'cosine']. Got value: fast",
+        ),
         ("--trainer.precision=17", "trainer.precision", "Got value: 17"),
         ("--trainer.precision=bf16-true", "trainer.precision", "the weights in half precision: use bf16-mixed"),
         ("--trainer.gradient_clip_val=-1", "trainer.gradient_clip_val", "not negative, got -1"),
@@ -155,7 +164,14 @@ def test_a_wrong_value_is_shown_with_its_key(tmp_path: Path, option: str, key: s
         (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches: at least 1"),
         (["--data.batch_size=0"], "data.batch_size must be at least 1, got 0"),
         (["--ema.half_lives=[]"], "ema.half_lives must be distinct positive numbers"),
-        (["--model.label_drop=3"], "model.label_drop must be a probability"),
+        (["--model.draws.label_drop=3"], "model.draws.label_drop must be a probability"),
+        (["--model.schedule.warmup_images=-1"], "model.schedule: images must be positive, warmup_images and"),
+        (["--model.optimizer.learning_rate=0"], "model.optimizer.learning_rate must be positive, got 0.0"),
+        (["--model.optimizer=Muon", "--model.optimizer.momentum=1"], "model.optimizer.momentum must lie in [0, 1)"),
+        (
+            ["--model.optimizer=TorchOptimizer", "--model.optimizer.name=SDG"],
+            "model.optimizer.name: torch.optim has no optimizer SDG; did you mean SGD?",
+        ),
         (["--model.path=VPPath", "--model.path.rate_min=-1"], "model.path: VPPath needs 0 < rate_min"),
         (["--model.net.width=3"], "model.net: MLP needs an even width"),
         (["--quality.sampler=ODESampler", "--quality.sampler.steps=0"], "quality.sampler.steps must be at least 1"),
@@ -178,10 +194,10 @@ def test_what_a_constructor_refuses_is_headed_by_its_key(tmp_path: Path, options
     assert not runs_in(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["model.images", "model.seed", "data.seed", "model.shape", "model.num_classes"])
+@pytest.mark.parametrize("key", sorted(LINKS))
 def test_what_would_be_overwritten_by_a_link_is_refused(tmp_path: Path, key: str) -> None:
     assert train(tmp_path, f"--{key}", "3").error.startswith(f"{key}: takes its value from ")
-    owner, name = key.split(".")
+    owner, name = key.split(".", 1)
     assert train(tmp_path, f"--{owner}.init_args.{name}=3").error.startswith(f"{key}: ")
 
 

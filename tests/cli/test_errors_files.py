@@ -61,10 +61,10 @@ def test_resuming_another_model_names_the_keys_that_differ(tmp_path: Path) -> No
     assert "model.net.shape ([1] there, [2] here)" in error
     assert "model.path (fmlit.CondOTPath there, fmlit.VPPath here)" in error
 
-    muon = ("--model.net.width=16", "--model.muon=true")
+    muon = ("--model.net.width=16", "--model.optimizer=Muon")
     assert train(tmp_path, *muon, "--name=muon").code == 0
     error = train(tmp_path, *muon[:1], "--name=muon", "--resume").error
-    assert error.startswith("model.muon (True there, False here): ")
+    assert error.startswith("model.optimizer (Muon there, AdamW here): ")
     shutil.rmtree(tmp_path / "runs" / "muon")
 
     assert "keep ema.half_lives" in train(tmp_path, "--resume", "--images=640", "--ema.half_lives=[50]").error
@@ -88,7 +88,7 @@ def test_a_run_of_before_its_network_had_an_option_goes_on(tmp_path: Path) -> No
 
 
 def test_a_run_with_coupled_noise_is_not_sampled_by_an_sde(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    coupled = ("--model.coupling=OptimalTransportCoupling", "--model.coupling.group_size=4")
+    coupled = ("--model.draws.coupling=OptimalTransportCoupling", "--model.draws.coupling.group_size=4")
     assert train(tmp_path, *coupled, "--trainer.max_steps=1").code == 0
     folder = tmp_path / "runs" / "tiny"
     assert fmlit.load(folder / "checkpoints" / "last.ckpt").coupled

@@ -54,9 +54,10 @@ def test_the_help_leads_to_the_arguments_of_model_and_data(tmp_path: Path, key: 
     outcome = train(tmp_path, f"--{key}.help", cls)
     assert outcome.code == 0
     expected = {
-        "model": "--model.learning_rate",
+        "model": "--model.optimizer",
         "model.net": "channels CHANNELS",
         "model.path": "CondOTPath",
+        "model.optimizer": "--optimizer.momentum",
         "data": "--data.horizontal_flip",
         "samples.sampler": "--samples.sampler.steps",
         "trainer.logger": "--trainer.logger.project",
@@ -67,7 +68,7 @@ def test_the_help_leads_to_the_arguments_of_model_and_data(tmp_path: Path, key: 
 
 def test_all_of_these_hints_are_tested() -> None:
     assert {key for key, _ in HINTS} == {
-        *("model", "model.net", "model.path"),
+        *("model", "model.net", "model.path", "model.optimizer"),
         *("data", "samples.sampler", "trainer.logger"),
     }
 
@@ -168,7 +169,7 @@ def test_an_occupied_name_gets_a_number(tmp_path: Path) -> None:
 
 
 def test_the_config_of_a_run_is_a_recipe_that_repeats_it(tmp_path: Path) -> None:
-    first = train(tmp_path, "--model.learning_rate=0.01", "--seed_everything=5").summary
+    first = train(tmp_path, "--model.optimizer.learning_rate=0.01", "--seed_everything=5").summary
     config = tmp_path / "runs" / "tiny" / "config.yaml"
     again = train(tmp_path, "--config", str(config)).summary
     assert again["run"] == str(tmp_path / "runs" / "tiny-002")
@@ -213,11 +214,13 @@ def test_a_run_that_is_resumed_with_another_batch_ends_at_the_same_number_of_ima
     assert (outcome.summary["images_seen"], outcome.summary["steps"]) == (400, 20)
 
 
-@pytest.mark.parametrize("muon", ["false", "true"])
-def test_a_run_that_is_resumed_takes_the_optimisers_settings_of_now(muon: str, tmp_path: Path) -> None:
-    options = (f"--model.muon={muon}", "--model.net.width=32", "--model.decay=linear", "--trainer.log_every_n_steps=1")
-    train(tmp_path, *options, "--images=160", "--model.learning_rate=1e-3")
-    changed = ("--model.learning_rate=1e-6", "--model.weight_decay=0.5", "--model.betas=[0.5,0.6]")
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_a_run_that_is_resumed_takes_the_optimizers_settings_of_now(optimizer: str, tmp_path: Path) -> None:
+    options = (f"--model.optimizer={optimizer}", "--model.net.width=32", "--trainer.log_every_n_steps=1")
+    options += ("--model.schedule.decay=linear",)
+    train(tmp_path, *options, "--images=160", "--model.optimizer.learning_rate=1e-3")
+    changed = ("learning_rate=1e-6", "weight_decay=0.5", "betas=[0.5,0.6]")
+    changed = tuple(f"--model.optimizer.{setting}" for setting in changed)
     outcome = train(tmp_path, *options, "--resume", "--images=320", *changed)
     rates = [float(row["learning_rate"]) for row in metrics_of(tmp_path / "runs" / "tiny")[-10:]]
     assert rates == pytest.approx([1e-6 * (1 - done / 20) for done in range(11, 21)])

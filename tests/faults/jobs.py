@@ -28,8 +28,8 @@ model:
     net:
       class_path: fmlit.UNet
       init_args: {channels: 16, multipliers: [1, 2], blocks: 1, attention: [], head_channels: 16, dropout: 0.2}
-    learning_rate: 1.0e-3
-    warmup_images: 240
+    optimizer: {class_path: fmlit.AdamW, init_args: {learning_rate: 1.0e-3}}
+    schedule: {warmup_images: 240}
 data:
   class_path: fmlit.Digits
   init_args: {batch_size: 12}

@@ -1,4 +1,4 @@
-"""Failures in the middle of training: gradients that are not finite, full disks, compiled checkpoints."""
+"""Failures in the middle of training: gradients that are not finite, full disks."""
 
 import hashlib
 import os
@@ -70,21 +70,6 @@ def test_a_run_may_go_on_without_a_checkpoint(tmp_path):
     assert Job(tmp_path, *options).finish()["images_seen"] == 240
 
 
-def test_a_checkpoint_of_a_network_wrapped_by_compile_is_gone_on_with(tmp_path):
-    job = Job(tmp_path, "--images=120")
-    saved = job.finish()
-    for state in (saved["state_dict"], *saved["ema"].values()):
-        for name in list(state):
-            wrapped = (
-                name.replace("model.net.", "model.net._orig_mod.") if "model.net." in name else f"_orig_mod.{name}"
-            )
-            state[wrapped] = state.pop(name)
-    path = job.run / "checkpoints" / "000000120.ckpt"
-    path.with_suffix(".ckpt.sha256").unlink()
-    torch.save(saved, path)
-    assert Job(tmp_path, "--images=180").finish()["images_seen"] == 180
-
-
 def test_two_jobs_that_download_at_once_leave_one_whole_copy(tmp_path):
     content = os.urandom(100_000)
     files = OfficialFiles("Noise", tmp_path, "noise", {"file": hashlib.md5(content).hexdigest()}, "md5")
@@ -115,8 +100,10 @@ def test_two_jobs_that_download_at_once_leave_one_whole_copy(tmp_path):
 
 @pytest.mark.parametrize("across", ["false", "true"])
 def test_a_recipe_that_several_processes_change_says_so(across, tmp_path):
-    groups = ("--model.coupling=OptimalTransportCoupling", "--model.coupling.group_size=12")
-    first, _ = Job(tmp_path, "--images=24", *groups, f"--model.coupling.across_ranks={across}", ranks=2).outcomes()
+    groups = ("--model.draws.coupling=OptimalTransportCoupling", "--model.draws.coupling.group_size=12")
+    first, _ = Job(
+        tmp_path, "--images=24", *groups, f"--model.draws.coupling.across_ranks={across}", ranks=2
+    ).outcomes()
     assert first.code == 0
     warned = "set across_ranks: true to keep the recipe" in first.err
     assert warned is (across == "false")

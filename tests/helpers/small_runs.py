@@ -17,6 +17,7 @@ from fmlit.models.mlp import MLP
 from fmlit.models.unet import UNet
 from fmlit.storage.checkpoints import AtomicCheckpointIO
 from fmlit.training.modules import FlowMatchingModule, GenerativeModule
+from fmlit.training.optimizers import AdamW
 
 tiny_unet = partial(UNet, channels=16, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=16)
 tiny_mlp = partial(MLP, width=32, depth=1)
@@ -27,7 +28,7 @@ def digits_module(
 ) -> GenerativeModule:
     """A class-conditional model of the digits, with the same initial weights every time."""
     torch.manual_seed(0)
-    defaults = {"shape": (1, 8, 8), "num_classes": 10, "conditional": True, "learning_rate": 1e-3}
+    defaults = {"shape": (1, 8, 8), "num_classes": 10, "conditional": True, "optimizer": AdamW(1e-3)}
     return make(net, **defaults | arguments)
 
 

@@ -12,7 +12,7 @@ from torch._inductor import config as inductor
 
 import fmlit
 from fmlit.core.randomness import image_seeds
-from fmlit.models.compilation import compile_net
+from fmlit.models.compilation import Execution, compile_net
 from fmlit.sampling.samplers import ODESampler
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint
@@ -54,7 +54,7 @@ def test_copies_share_what_was_compiled():
 
 
 def test_training_sampling_and_checkpoints(tmp_path):
-    plain, compiled = digits_module(), digits_module(compile="default")
+    plain, compiled = digits_module(), digits_module(execution=Execution(compile="default"))
     ema = EMA(half_lives=[100, 200])
     fit(plain, tmp_path / "plain", 4)
     fit(compiled, tmp_path / "compiled", 4, ema, Checkpoint(every=48))
@@ -69,7 +69,7 @@ def test_training_sampling_and_checkpoints(tmp_path):
 
 def test_two_processes_with_a_static_graph(tmp_path):
     """As train.py launches them."""
-    plain, spread = digits_module(), digits_module(compile="default")
+    plain, spread = digits_module(), digits_module(execution=Execution(compile="default"))
     fit(plain, tmp_path, 3)
     strategy = DDPStrategy(start_method="spawn", static_graph=True, gradient_as_bucket_view=True)
     fit(spread, tmp_path, 3, devices=2, strategy=strategy)
@@ -78,8 +78,10 @@ def test_two_processes_with_a_static_graph(tmp_path):
 
 
 def test_cuda_graphs_do_not_go_with_accumulation(tmp_path):
-    with pytest.raises(ValueError, match=r"model.compile: reduce-overhead and trainer.accumulate_grad_batches do not"):
-        fit(digits_module(compile="reduce-overhead"), tmp_path, 2, accumulate_grad_batches=2)
+    with pytest.raises(
+        ValueError, match=r"model.execution.compile: reduce-overhead and trainer.accumulate_grad_batches do not"
+    ):
+        fit(digits_module(execution=Execution(compile="reduce-overhead")), tmp_path, 2, accumulate_grad_batches=2)
 
 
 def test_what_a_graph_returns_is_copied():
@@ -98,7 +100,7 @@ def test_a_backward_pass_that_cannot_be_compiled(tmp_path, monkeypatch, caplog):
         raise RuntimeError("ptxas failed")
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_backward", broken)
-    plain, module = digits_module(), digits_module(compile="default")
+    plain, module = digits_module(), digits_module(execution=Execution(compile="default"))
     fit(plain, tmp_path, 2)
     with caplog.at_level(logging.WARNING, logger="fmlit"):
         fit(module, tmp_path, 2)
@@ -108,7 +110,7 @@ def test_a_backward_pass_that_cannot_be_compiled(tmp_path, monkeypatch, caplog):
 
 @inductor.patch({"cpp.cxx": ("/nowhere/g++",)})
 def test_without_a_compiler_training_goes_on(tmp_path, caplog):
-    plain, broken = digits_module(), digits_module(compile="default")
+    plain, broken = digits_module(), digits_module(execution=Execution(compile="default"))
     fit(plain, tmp_path, 2)
     with caplog.at_level(logging.WARNING, logger="fmlit"):
         fit(broken, tmp_path, 2)

@@ -111,11 +111,6 @@ def test_unet2d_is_described_by_its_config():
     again.load_state_dict(net.state_dict())
 
 
-def test_compiled_network_is_described_as_itself():
-    net = MLP((2,), width=8, depth=1)
-    assert describe(torch.compile(net, backend="eager")) == describe(net)
-
-
 @pytest.mark.parametrize(
     ("obj", "words"),
     [

@@ -21,13 +21,12 @@ def model(seed=0, width=8):
     return GenerativeModel(net, CosinePath(), Velocity(), (2,), 3)
 
 
-def save_model(path, raw, averaged, prefix="", **changes):
-    """What a training run writes; with a prefix, of a compiled network."""
+def save_model(path, raw, averaged, **changes):
+    """What a training run writes."""
     content = {
         "global_step": 1,
-        "state_dict": {f"model.net.{prefix}{k}": v for k, v in raw.net.state_dict().items()}
-        | {"metric": torch.ones(1)},
-        "ema": {name: {prefix + k: v for k, v in m.net.state_dict().items()} for name, m in averaged.items()},
+        "state_dict": {f"model.net.{k}": v for k, v in raw.net.state_dict().items()} | {"metric": torch.ones(1)},
+        "ema": {name: m.net.state_dict() for name, m in averaged.items()},
         "model_description": describe(raw),
     }
     AtomicCheckpointIO().save_checkpoint(content | changes, path)
@@ -38,10 +37,9 @@ def same_weights(a, b):
     return all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-def test_model_comes_back_with_the_weights_that_were_asked_for(tmp_path, prefix):
+def test_model_comes_back_with_the_weights_that_were_asked_for(tmp_path):
     raw, slow, fast = model(1).train(), model(2), model(3)
-    path = save_model(tmp_path / "last.ckpt", raw, {"slow": slow, "fast": fast}, prefix)
+    path = save_model(tmp_path / "last.ckpt", raw, {"slow": slow, "fast": fast})
     for weights, expected in {"raw": raw, "ema": slow, "slow": slow, "fast": fast}.items():
         loaded = fmlit.load(path, weights)
         assert same_weights(loaded, expected), weights

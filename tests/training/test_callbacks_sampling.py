@@ -17,6 +17,8 @@ from fmlit.sampling.samplers import ChurnSampler, ODESampler, SDESampler
 from fmlit.storage.checkpoints import load, verify
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, QualityCurve, SampleGrid
+from fmlit.training.draws import TrainingDraws
+from fmlit.training.optimizers import AdamW
 from tests.helpers.small_runs import Memory, digits_module, fit, names
 
 FEW_STEPS = ODESampler("euler", 4)
@@ -52,7 +54,7 @@ def test_grids_are_of_the_same_noise_from_the_average_with_a_class_per_row(tmp_p
 
 
 def test_grids_of_equal_weights_are_equal(tmp_path):
-    fit(digits_module(learning_rate=1e-30), tmp_path, 4, SampleGrid(24, FEW_STEPS))
+    fit(digits_module(optimizer=AdamW(1e-30)), tmp_path, 4, SampleGrid(24, FEW_STEPS))
     first, second = (path.read_bytes() for path in sorted((tmp_path / "samples").iterdir()))
     assert first == second
 
@@ -86,7 +88,7 @@ def test_quality_is_measured_at_fixed_seeds_and_logged_by_name(tmp_path, capsys)
     logger = Memory()
     metrics = ("fid", "kid", "precision", "recall")
     callback = curve(tmp_path, 24, metrics=metrics)
-    fit(digits_module(learning_rate=1e-30), tmp_path, 4, EMA(), callback, logger=logger)
+    fit(digits_module(optimizer=AdamW(1e-30)), tmp_path, 4, EMA(), callback, logger=logger)
     first, second = logger.rows
     scores = {f"{name}_pixels_80": first[f"{name}_pixels_80"] for name in ("fd", "kd", "precision", "recall")}
     assert first == {**scores, "images_seen": 24, "step": 2}
@@ -141,7 +143,7 @@ def test_the_best_value_is_known_though_the_checkpoint_is_from_before_its_score(
 
 @pytest.mark.parametrize("sampler", [SDESampler(steps=2), ChurnSampler(2)])
 def test_a_score_that_the_coupling_spoils_is_refused_before_training(sampler, tmp_path):
-    module = digits_module(coupling=OptimalTransportCoupling(4))
+    module = digits_module(draws=TrainingDraws(coupling=OptimalTransportCoupling(4)))
     said = f"{type(sampler).__name__} needs the score, which does not follow from the velocity of a model that was"
     with pytest.raises(ValueError, match=f"samples.sampler: {said}"):
         fit(module, tmp_path, 1, SampleGrid(12, sampler))

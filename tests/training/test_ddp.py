@@ -14,9 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fmlit.flows.couplings import IndependentCoupling, OptimalTransportCoupling
+from fmlit.models.compilation import Execution
 from fmlit.sampling.samplers import ODESampler
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, QualityCurve, SampleGrid, TrainingLog
+from fmlit.training.draws import TrainingDraws
+from fmlit.training.optimizers import Muon
 from tests.helpers.small_runs import Memory, digits_module, fit, names, same, tiny_unet, weights
 
 # Imported once, in the server from which all processes fork, and not again in each.
@@ -70,9 +73,13 @@ def run(
     folder: Path, steps: int = STEPS, dropout: float = 0.0, transport: bool = False, fast: bool = False, **settings: Any
 ) -> None:
     """Train on the digits with everything that acts on the way."""
-    recipe = {"muon": True, "learned_loss_weight": True, "channels_last": True} if fast else {}
+    recipe = {"optimizer": Muon(1e-3), "learned_loss_weight": True, "execution": Execution(channels_last=True)}
     coupling = OptimalTransportCoupling(12, across_ranks=True) if transport else IndependentCoupling()
-    module = digits_module(net=functools.partial(tiny_unet, dropout=dropout), coupling=coupling, **recipe)
+    module = digits_module(
+        net=functools.partial(tiny_unet, dropout=dropout),
+        draws=TrainingDraws(coupling=coupling),
+        **recipe if fast else {},
+    )
     few = ODESampler("euler", 4)
     curve = QualityCurve(120, 70, metrics=("fid",), sampler=few, batch_size=16, cache=f"{folder}/cache")
     callbacks = (

@@ -19,20 +19,23 @@ from fmlit.data import Digits
 from fmlit.data.resident import ResidentDataset
 from fmlit.flows.predictions import PreconditionedVelocity
 from fmlit.flows.times import LogitNormalTime
+from fmlit.models.compilation import Execution
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.samplers import ODESampler, SDESampler
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import TrainingLog
+from fmlit.training.draws import TrainingDraws
 from fmlit.training.modules import GenerativeModule, ScoreMatchingModule
+from fmlit.training.optimizers import Muon
 from tests.helpers.small_runs import digits_module, tiny_unet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 FAST = {
-    "muon": True,
+    "optimizer": Muon(1e-3),
     "learned_loss_weight": True,
-    "channels_last": True,
+    "execution": Execution(channels_last=True),
     "prediction": PreconditionedVelocity(),
-    "time_distribution": LogitNormalTime(stratified=True),
+    "draws": TrainingDraws(LogitNormalTime(stratified=True)),
 }
 MODULES = {
     "flow matching": partial(digits_module, net=tiny_unet),

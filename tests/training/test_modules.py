@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fmlit.core.errors import UserError
 from fmlit.data import Digits
 from fmlit.flows.couplings import Coupling, OptimalTransportCoupling
 from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath, VPPath
@@ -13,9 +14,12 @@ from fmlit.flows.predictions import Noise, PreconditionedVelocity, Score, Veloci
 from fmlit.flows.times import LogitNormalTime, TimeDistribution, UniformTime
 from fmlit.storage import descriptions
 from fmlit.training.averages import EMA
+from fmlit.training.draws import TrainingDraws
 from fmlit.training.modules import FlowMatchingModule, GenerativeModule, ScoreMatchingModule
+from fmlit.training.optimizers import AdamW
+from fmlit.training.schedules import LearningRateSchedule
 from tests.helpers.oracle import PATHS, PREDICTIONS
-from tests.helpers.small_runs import digits_module, fit, tiny_mlp, tiny_unet
+from tests.helpers.small_runs import digits_module, fit, tiny_unet
 
 MODULES = [FlowMatchingModule, ScoreMatchingModule]
 each_module = pytest.mark.parametrize("make", MODULES)
@@ -52,7 +56,7 @@ def batch(size: int = 6, seed: int = 0) -> dict[str, Tensor]:
 
 
 def test_labels_are_dropped_sample_by_sample_at_the_stated_rate():
-    module, labels = rank_of(digits_module(label_drop=0.2)), torch.arange(10).repeat(500)
+    module, labels = rank_of(digits_module(draws=TrainingDraws(label_drop=0.2))), torch.arange(10).repeat(500)
     _, _, kept = module._draw(5000, labels)
     dropped = kept == 10
     assert dropped.double().mean().item() == pytest.approx(0.2, abs=0.02)  # standard error 0.006
@@ -63,7 +67,9 @@ def test_labels_are_dropped_sample_by_sample_at_the_stated_rate():
 
 
 def test_times_noise_and_dropped_labels_are_independent():
-    eps, t, labels = rank_of(digits_module(label_drop=0.5))._draw(5000, torch.zeros(5000, dtype=torch.int64))
+    eps, t, labels = rank_of(digits_module(draws=TrainingDraws(label_drop=0.5)))._draw(
+        5000, torch.zeros(5000, dtype=torch.int64)
+    )
     draws = torch.stack([eps[:, 0, 0, 0], eps.flatten(1).mean(1), t, (labels == 10).float()])
     off_diagonal = torch.corrcoef(draws) - torch.eye(4)
     off_diagonal[0, 1] = off_diagonal[1, 0] = 0  # a pixel and the mean that it is part of
@@ -72,7 +78,7 @@ def test_times_noise_and_dropped_labels_are_independent():
 
 @pytest.mark.parametrize(("drop", "expected"), [(0.0, [0, 1, 2]), (1.0, [10, 10, 10])])
 def test_labels_are_never_or_always_dropped(drop, expected):
-    module = rank_of(digits_module(label_drop=drop))
+    module = rank_of(digits_module(draws=TrainingDraws(label_drop=drop)))
     assert module._draw(3, torch.arange(3))[2].tolist() == expected
 
 
@@ -87,7 +93,7 @@ def test_an_unconditional_module_shows_no_labels():
 @pytest.mark.parametrize("law", [UniformTime(), UniformTime(stratified=True), LogitNormalTime()], ids=repr)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_draws_are_global_and_ranks_take_slices(world_size, law):
-    module, labels = digits_module(time_distribution=law, label_drop=0.5), torch.arange(12) % 10
+    module, labels = digits_module(draws=TrainingDraws(law, label_drop=0.5)), torch.arange(12) % 10
     alone = rank_of(module)._draw(12, labels)
     share = 12 // world_size
     slices = [
@@ -146,7 +152,7 @@ def test_images_seen_counts_all_ranks():
 @pytest.mark.parametrize("path", PATHS, ids=repr)
 @pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
 def test_losses_are_finite_at_both_ends_of_the_clock(prediction, path, make):
-    module = rank_of(digits_module(make, path=path, prediction=prediction, time_distribution=Extreme()))
+    module = rank_of(digits_module(make, path=path, prediction=prediction, draws=TrainingDraws(Extreme())))
     out = module.training_step(batch(16), 0)
     assert {t > 0.5 for t in out["times"].tolist()} == {False, True}
     assert torch.isfinite(out["losses"]).all()
@@ -156,7 +162,8 @@ def test_losses_are_finite_at_both_ends_of_the_clock(prediction, path, make):
 
 @each_module
 def test_the_loss_is_the_mean_over_samples_of_the_objective(make):
-    module, data = rank_of(digits_module(make, path=CosinePath(), prediction=Noise(), label_drop=0.0)), batch()
+    draws, data = TrainingDraws(label_drop=0.0), batch()
+    module = rank_of(digits_module(make, path=CosinePath(), prediction=Noise(), draws=draws))
     eps, t, labels = module._draw(6, data["labels"])
     out = module.training_step(data, 0)
     model, x = module.model, module.model.path.sample(data["data"], eps, t)
@@ -173,7 +180,8 @@ def test_the_loss_is_the_mean_over_samples_of_the_objective(make):
 
 def test_flow_matching_of_a_preconditioned_network_is_a_regression_of_unit_weight():
     prediction = PreconditionedVelocity(0.5)
-    module, data = rank_of(digits_module(prediction=prediction, label_drop=0.0)), batch()
+    module = rank_of(digits_module(prediction=prediction, draws=TrainingDraws(label_drop=0.0)))
+    data = batch()
     eps, t, labels = module._draw(6, data["labels"])
     losses = module.training_step(data, 0)["losses"]
     output = module.model(module.model.path.sample(data["data"], eps, t), t, labels)
@@ -183,7 +191,8 @@ def test_flow_matching_of_a_preconditioned_network_is_a_regression_of_unit_weigh
 
 def test_data_and_noise_are_paired_by_the_coupling_within_classes():
     coupling = Recorded()
-    module, data = rank_of(digits_module(coupling=coupling, label_drop=0.5)), batch()
+    module = rank_of(digits_module(draws=TrainingDraws(coupling=coupling, label_drop=0.5)))
+    data = batch()
     eps, _, labels = module._draw(6, data["labels"])
     seen = []
     module.loss = lambda z, eps, t, labels: seen.append(eps) or t
@@ -208,7 +217,7 @@ def test_defaults_are_the_courses():
     [("constant", [1, 1, 1, 1]), ("linear", [1, 0.5, 0, 0]), ("cosine", [1, 0.5, 0, 0])],
 )
 def test_the_learning_rate_follows_images(decay, factors):
-    module = digits_module(decay=decay, warmup_images=100, images=1100)
+    module = digits_module(schedule=LearningRateSchedule(1100, warmup_images=100, decay=decay))
     assert [module.schedule.factor(n) for n in (0, 25, 50, 99)] == [0, 0.25, 0.5, 0.99]
     assert [module.schedule.factor(n) for n in (100, 600, 1100, 9999)] == pytest.approx(factors, abs=1e-12)
     if decay == "cosine":
@@ -217,7 +226,7 @@ def test_the_learning_rate_follows_images(decay, factors):
 
 def test_the_learning_rate_does_not_depend_on_the_batch_size(tmp_path):
     def rate(size: int, steps: int) -> float:
-        module = digits_module(warmup_images=48, decay="cosine", images=960)
+        module = digits_module(schedule=LearningRateSchedule(960, warmup_images=48, decay="cosine"))
         trainer = fit(module, tmp_path, steps, data=Digits(batch_size=size))
         return trainer.optimizers[0].param_groups[0]["lr"]
 
@@ -225,8 +234,8 @@ def test_the_learning_rate_does_not_depend_on_the_batch_size(tmp_path):
     assert rate(12, 20) == rate(48, 5) == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_optimiser_is_adamw_with_the_modules_settings():
-    module = digits_module(learning_rate=3e-4, betas=(0.8, 0.95), weight_decay=0.02)
+def test_the_optimizer_is_adamw_with_the_settings_of_the_recipe():
+    module = digits_module(optimizer=AdamW(3e-4, betas=(0.8, 0.95), weight_decay=0.02))
     optimizer = module.configure_optimizers()["optimizer"]
     assert isinstance(optimizer, torch.optim.AdamW)
     (group,) = optimizer.param_groups
@@ -248,25 +257,28 @@ def test_a_checkpoint_describes_its_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("cls", "arguments", "message"),
     [
-        ({"num_classes": None}, "conditional: true needs data with classes"),
-        ({"label_drop": 1.5}, r"label_drop must be a probability in \[0, 1\], got 1.5"),
-        ({"images": 0}, "images must be positive, warmup_images and stable_images not negative, got 0, 0 and 0"),
-        ({"warmup_images": -1}, "got 1000000, -1 and 0"),
-        ({"stable_images": -2}, "got 1000000, 0 and -2"),
+        (digits_module, {"num_classes": None}, "conditional: true needs data with classes"),
+        (TrainingDraws, {"label_drop": 1.5}, r"label_drop must be a probability in \[0, 1\], got 1.5"),
         (
+            LearningRateSchedule,
+            {"images": 0},
+            "images must be positive, warmup_images and stable_images not negative, got 0, 0 and 0",
+        ),
+        (LearningRateSchedule, {"warmup_images": -1}, "got 1000000, -1 and 0"),
+        (LearningRateSchedule, {"stable_images": -2}, "got 1000000, 0 and -2"),
+        (
+            LearningRateSchedule,
             {"stable_images": 900, "warmup_images": 100, "images": 1000, "decay": "linear"},
             "stable_images 900 leaves nothing of the 1,000 images for the decay, after 100 for warm-up",
         ),
-        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be positive, got nan"),
-        ({"decay": "cosin"}, "unknown decay 'cosin': choose from constant, linear, cosine"),
+        (LearningRateSchedule, {"decay": "cosin"}, "unknown decay 'cosin': choose from constant, linear, cosine"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        digits_module(net=tiny_mlp, **arguments)
+def test_wrong_arguments_are_named(cls, arguments, message):
+    with pytest.raises(UserError, match=message):
+        cls(**arguments)
 
 
 def test_a_polynomial_path_with_a_velocity_network_may_be_scored():

@@ -2,28 +2,33 @@
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from fmlit.models.compilation import Execution
 from fmlit.storage.exports import load, save
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint
-from fmlit.training.optimizers import MuonAdamW, hidden_matrices
+from fmlit.training.muon import MuonAdamW, hidden_matrices
+from fmlit.training.optimizers import AdamW, Muon
+from fmlit.training.schedules import LearningRateSchedule
 from tests.helpers.small_runs import digits_module, fit, same, tiny_unet, weights
 
-FAST = {"muon": True, "learned_loss_weight": True, "net": tiny_unet, "betas": (0.9, 0.95), "weight_decay": 0.01}
+MUON = Muon(1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+FAST = {"optimizer": MUON, "learned_loss_weight": True, "net": tiny_unet}
 
 
 def test_the_rate_stays_before_it_decays():
-    module = digits_module(decay="linear", warmup_images=100, stable_images=400, images=1500)
-    factors = [module.schedule.factor(n) for n in (50, 100, 300, 500, 1000, 1500, 2000)]
+    schedule = LearningRateSchedule(1500, warmup_images=100, stable_images=400, decay="linear")
+    factors = [schedule.factor(n) for n in (50, 100, 300, 500, 1000, 1500, 2000)]
     assert factors == [0.5, 1, 1, 1, 0.5, 0, 0]
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest():
-    module = digits_module(**FAST, learning_rate=3e-4)
+    module = digits_module(**FAST | {"optimizer": replace(MUON, learning_rate=3e-4)})
     optimizer = module.configure_optimizers()["optimizer"]
     assert isinstance(optimizer, MuonAdamW)
     adamw, muon = optimizer.param_groups
@@ -54,9 +59,9 @@ def test_accumulated_batches_make_one_step(tmp_path):
 
 
 @pytest.mark.parametrize("u", [0.0, 0.7])
-def test_a_learned_weight_weighs_the_loss_and_not_what_is_reported(u, tmp_path):
+def test_the_learned_loss_weight_weighs_the_loss_and_not_what_is_reported(u, tmp_path):
     plain, weighed = digits_module(), digits_module(learned_loss_weight=True)
-    reported, optimised = [], []
+    reported, optimized = [], []
     for module in (plain, weighed):
         fit(module, tmp_path, 1)  # which attaches a trainer
         module.model.net.load_state_dict(digits_module().model.net.state_dict())
@@ -65,16 +70,16 @@ def test_a_learned_weight_weighs_the_loss_and_not_what_is_reported(u, tmp_path):
         module.images_seen = 0
         outputs = module.training_step({"data": torch.ones(6, 1, 8, 8), "labels": torch.arange(6)}, 0)
         reported.append(outputs["losses"])
-        optimised.append(outputs["loss"].item())
+        optimized.append(outputs["loss"].item())
     assert torch.equal(*reported)
-    assert optimised[1] == pytest.approx(optimised[0] * math.exp(-u) + u)
+    assert optimized[1] == pytest.approx(optimized[0] * math.exp(-u) + u)
 
 
 def test_it_learns(tmp_path):
     """Muon and AdamW at one rate that is high for both: in 150 steps Muon's loss falls further."""
 
-    def loss(**options):
-        module = digits_module(learning_rate=1e-2, **options)
+    def loss(optimizer, **options):
+        module = digits_module(optimizer=optimizer, **options)
         losses, step = [], module.training_step
 
         def noted(*args):
@@ -85,15 +90,15 @@ def test_it_learns(tmp_path):
         fit(module, tmp_path, 150)
         return torch.cat([out["losses"] for out in losses[-50:]]).mean().item()
 
-    adamw = loss()
+    adamw = loss(AdamW(1e-2))
     assert adamw < 1.2  # it starts at 2
-    assert loss(muon=True) < 0.98 * adamw
-    assert loss(muon=True, learned_loss_weight=True) < 0.98 * adamw
+    assert loss(Muon(1e-2)) < 0.98 * adamw
+    assert loss(Muon(1e-2), learned_loss_weight=True) < 0.98 * adamw
 
 
 def test_channels_last_trains_saves_and_exports(tmp_path):
     net = partial(tiny_unet, dropout=0.0)  # masks follow the order in memory
-    plain, module = digits_module(net=net), digits_module(net=net, channels_last=True)
+    plain, module = digits_module(net=net), digits_module(net=net, execution=Execution(channels_last=True))
     ema = EMA()
     fit(plain, tmp_path / "plain", 3)
     fit(module, tmp_path / "last", 3, ema, Checkpoint(every=12))
@@ -110,7 +115,8 @@ def test_channels_last_trains_saves_and_exports(tmp_path):
 def test_a_memory_format_that_is_new_at_a_resume(tmp_path):
     """The optimiser's state follows its parameters: fused kernels compare strides on GPUs."""
     net = partial(tiny_unet, dropout=0.0)
-    whole, first, second = (digits_module(net=net, channels_last=last) for last in (False, False, True))
+    formats = [Execution(channels_last=last) for last in (False, False, True)]
+    whole, first, second = (digits_module(net=net, execution=execution) for execution in formats)
     fit(whole, tmp_path / "whole", 4, EMA())
     fit(first, tmp_path / "part", 2, EMA(), Checkpoint(every=12))
     trainer = fit(second, tmp_path / "part", 4, EMA(), resume=tmp_path / "part" / "checkpoints" / "last.ckpt")

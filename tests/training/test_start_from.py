@@ -19,9 +19,8 @@ from fmlit.models.mlp import MLP
 from fmlit.storage.checkpoints import AtomicCheckpointIO, load
 from fmlit.storage.exports import load as load_export
 from fmlit.training.modules import GenerativeModule
-from fmlit.training.resume import take_weights
 from tests.helpers.known_model import save_run
-from tests.helpers.small_runs import digits_module, same
+from tests.helpers.small_runs import same
 from tests.helpers.tiny_cli import CONFIGS, recipe, runs_in, train
 
 
@@ -66,7 +65,7 @@ def averaged(run: Path) -> dict[str, Tensor]:
 def test_a_new_run_starts_with_the_average_of_the_source_and_nothing_else(given, source, tmp_path, beginning):
     older = "000000240.ckpt"
     paths = {"run": source, "checkpoint": source / "checkpoints" / "last.ckpt", "older": source / "checkpoints" / older}
-    outcome = train(tmp_path, f"--start_from={paths[given]}", "--images=160", "--model.warmup_images=1000")
+    outcome = train(tmp_path, f"--start_from={paths[given]}", "--images=160", "--model.schedule.warmup_images=1000")
     assert outcome.summary["images_seen"] == 160
     assert outcome.summary["run"] == str(tmp_path / "runs" / "tiny")
     assert f"; starts from the weights in {paths[given]}" in outcome.out.splitlines()[0]
@@ -84,7 +83,11 @@ def test_a_new_run_starts_with_the_average_of_the_source_and_nothing_else(given,
 
 def test_averages_start_from_these_weights_too(source, tmp_path):
     run = train(
-        tmp_path, f"--start_from={source}", "--images=16", "--model.learning_rate=1e-30", "--checkpoint.every=16"
+        tmp_path,
+        f"--start_from={source}",
+        "--images=16",
+        "--model.optimizer.learning_rate=1e-30",
+        "--checkpoint.every=16",
     )
     assert same(averaged(Path(run.summary["run"])), averaged(source))
 
@@ -107,7 +110,14 @@ def test_an_exported_model_is_a_start(options, tmp_path, beginning):
 
 def test_it_helps_on_the_digits(tmp_path):
     digits = ("--data=Digits", "--data.batch_size=64", "--model.net.width=64", "--trainer.log_every_n_steps=1")
-    train(tmp_path, "--name=source", *digits, "--images=12800", "--model.learning_rate=3e-3", "--ema.half_lives=[1000]")
+    train(
+        tmp_path,
+        "--name=source",
+        *digits,
+        "--images=12800",
+        "--model.optimizer.learning_rate=3e-3",
+        "--ema.half_lives=[1000]",
+    )
     scratch = train(tmp_path, *digits, "--images=640").summary["loss"]
     started = train(tmp_path, *digits, "--images=640", f"--start_from={tmp_path / 'runs' / 'source'}").summary["loss"]
     assert started < 0.8 * scratch
@@ -144,14 +154,6 @@ def test_the_config_of_the_run_repeats_it(source, tmp_path):
     assert again["loss"] == first["loss"]
     without = train(tmp_path, "--config", str(Path(first["run"]) / "config.yaml"), "--start_from=null").summary
     assert without["loss"] != first["loss"]
-
-
-def test_a_network_wrapped_by_compile_takes_them_too(tmp_path):
-    folder, module = save_run(tmp_path, digits_module().model), digits_module()
-    torch.nn.init.ones_(module.model.net.inputs.weight)
-    module.model.net = torch.compile(module.model.net, backend="eager")
-    take_weights(str(folder), module)
-    assert same(module.model.net._orig_mod.state_dict(), averaged(folder))
 
 
 def test_another_network_is_named_with_its_tensors(source, tmp_path):
@@ -237,7 +239,12 @@ def test_classes_that_the_configuration_names_are(tmp_path, beginning):
 def test_two_processes_start_from_them(source, tmp_path):
     command = [sys.executable, str(CONFIGS.parent / "scripts" / "train.py"), "--config", str(recipe(tmp_path))]
     command += ["--runs", str(tmp_path / "runs"), f"--start_from={source}", "--trainer.devices=2"]
-    options = ["--trainer.strategy=ddp", "--images=16", "--model.learning_rate=1e-30", "--checkpoint.every=16"]
+    options = [
+        "--trainer.strategy=ddp",
+        "--images=16",
+        "--model.optimizer.learning_rate=1e-30",
+        "--checkpoint.every=16",
+    ]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert same(averaged(Path(json.loads(done.stdout.splitlines()[-1])["run"])), averaged(source))

@@ -20,6 +20,8 @@ from fmlit.storage.checkpoints import load
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, QualityCurve, SampleGrid, TrainingLog
 from fmlit.training.modules import FlowMatchingModule, GenerativeModule, ScoreMatchingModule
+from fmlit.training.optimizers import AdamW
+from fmlit.training.schedules import LearningRateSchedule
 from tests.helpers.small_runs import Memory, digits_module, fit, same, tiny_unet, weights
 
 FEW_STEPS = ODESampler("euler", 4)
@@ -58,7 +60,10 @@ def assert_same_end(a: tuple[pl.Trainer, GenerativeModule], b: tuple[pl.Trainer,
 
 
 def test_the_loss_falls_on_the_digits(tmp_path):
-    logger, module = Memory(), digits_module(net=tiny_unet, learning_rate=3e-3, warmup_images=640)
+    logger, module = (
+        Memory(),
+        digits_module(net=tiny_unet, optimizer=AdamW(3e-3), schedule=LearningRateSchedule(warmup_images=640)),
+    )
     sampler, cache = ODESampler("heun", 6), str(tmp_path / "cache")
     curve = QualityCurve(64 * 50, 200, metrics=("fid",), sampler=sampler, batch_size=100, cache=cache)
     fit(module, tmp_path, 100, EMA([2000]), curve, TrainingLog(), logger=logger, data=Digits(64), log_every_n_steps=20)
@@ -74,7 +79,7 @@ def test_the_loss_falls_on_the_digits(tmp_path):
 def test_a_score_network_learns_the_score(tmp_path):
     """Of two points, whose exact score is known: |beta (s - s*)|^2 against |beta s*|^2."""
     net = partial(MLP, width=64, depth=2)
-    arguments = {"shape": (1,), "num_classes": None, "conditional": False, "learning_rate": 3e-3}
+    arguments = {"shape": (1,), "num_classes": None, "conditional": False, "optimizer": AdamW(3e-3)}
     module = digits_module(ScoreMatchingModule, net, prediction=Score(), path=CosinePath(), **arguments)
     ema = EMA([5000], ramp=0.2)
     fit(module, tmp_path, 300, ema, data=TwoPoints(batch_size=128))
@@ -96,7 +101,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_in_every_bit(accumulate, tmp_pat
     """With dropout, warm-up and decay; interrupted at a checkpoint of the callback's and at the end of a short run."""
 
     def module() -> GenerativeModule:
-        return digits_module(net=with_dropout, warmup_images=60, decay="cosine", images=144)
+        return digits_module(net=with_dropout, schedule=LearningRateSchedule(144, warmup_images=60, decay="cosine"))
 
     def run(folder: Path, steps: int, resume: Path | None = None) -> tuple[pl.Trainer, GenerativeModule]:
         trained = module()

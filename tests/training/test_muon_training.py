@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fmlit.training.optimizers import MuonAdamW
+from fmlit.training.muon import MuonAdamW
 from tests.helpers.small_convnet import ConvNet, assert_same, backward, train
 
 
