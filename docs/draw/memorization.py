@@ -29,7 +29,7 @@ class Memorisation(NamedTuple):
     copied: Tensor
 
     @property
-    def rank_slice(self) -> float:
+    def share(self) -> float:
         """Share of samples that are copies."""
         return self.copied.double().mean().item()
 

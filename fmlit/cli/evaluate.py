@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fmlit.cli.options import Integers, Names, Numbers, build_sampler, choose_device, load_guide, processes
+from fmlit.cli.options import Integers, Names, Numbers, choose_device, load_guide, processes
 from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.data import DataModule
@@ -17,6 +17,7 @@ from fmlit.evaluation.scoring import METRICS, Scorer, choose_features
 from fmlit.flows.diffusions import Diffusion
 from fmlit.metrics import Features
 from fmlit.models.compilation import CompileMode, compile_net
+from fmlit.sampling.build import build_sampler
 from fmlit.sampling.grids import Grid
 from fmlit.sampling.samplers import Precision
 from fmlit.storage.loading import load_model, training_data
