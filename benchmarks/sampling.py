@@ -2,22 +2,22 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import get_args
 
 from benchmarks.outcome import Outcome, Report
 from benchmarks.rounds import now, rates, run_rounds
 from benchmarks.training import built
 from benchmarks.workload import Setup
-from fmlit.cli.options import build_sampler
 from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_seeds
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.budget import affordable_steps
+from fmlit.sampling.build import build_sampler
 from fmlit.sampling.generate import balanced_labels
 from fmlit.sampling.grids import UniformGrid
-from fmlit.sampling.samplers import ODEMethod, Precision, Sampler, SDEMethod
+from fmlit.sampling.samplers import Precision, Sampler
+from fmlit.solvers.records import SOLVERS as RECORDS
 
-SOLVERS = [name for name in (*get_args(ODEMethod), *get_args(SDEMethod), "churn") if name != "dopri5"]
+SOLVERS = [name for name, record in RECORDS.items() if record.evaluations is not None]
 
 
 def sampling(

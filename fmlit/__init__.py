@@ -22,6 +22,7 @@ _HOMES = {  # defining module: its public names
     "fmlit.models.generative_model": "GenerativeModel",
     "fmlit.models.mlp": "MLP",
     "fmlit.models.unet": "UNet",
+    "fmlit.sampling.generate": "sample",
     "fmlit.sampling.grids": "EDMGrid Grid LogitSNRGrid UniformGrid",
     "fmlit.sampling.samplers": "ChurnSampler ODESampler SDESampler Sampler",
     "fmlit.data.cifar10": "CIFAR10",
@@ -99,6 +100,7 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fmlit.models.generative_model import GenerativeModel as GenerativeModel
     from fmlit.models.mlp import MLP as MLP
     from fmlit.models.unet import UNet as UNet
+    from fmlit.sampling.generate import sample as sample
     from fmlit.sampling.grids import EDMGrid as EDMGrid
     from fmlit.sampling.grids import Grid as Grid
     from fmlit.sampling.grids import LogitSNRGrid as LogitSNRGrid

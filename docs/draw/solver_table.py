@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,33 +11,24 @@ from torch import Tensor
 from fmlit import solvers
 from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_noise, image_seeds
-from fmlit.core.tensors import Field, expand_time
-from fmlit.flows.diffusions import BetaDiffusion
+from fmlit.core.tensors import expand_time
 from fmlit.flows.predictions import Velocity
 from fmlit.flows.times import sampling_limits
 from fmlit.models.generative_model import GenerativeModel, evaluation_mode
 from fmlit.sampling.budget import affordable_steps
+from fmlit.sampling.build import build_sampler
 from fmlit.sampling.generate import balanced_labels
 from fmlit.sampling.grids import EDMGrid, Grid, LogitSNRGrid, UniformGrid
 from fmlit.sampling.guidance import guided_velocity
-from fmlit.sampling.samplers import ChurnSampler, ODEMethod, ODESampler, Sampler, SDEMethod, SDESampler
+from fmlit.sampling.samplers import ODESampler, Sampler
+from fmlit.solvers.records import SOLVERS, Option, solver_names
 
 NFES = (5, 10, 20, 50)
 GRIDS: dict[str, Grid] = {"E": EDMGrid(), "L": LogitSNRGrid(), "U": UniformGrid()}
-
-
-class VariantSampler(ODESampler):
-    """An exponential solver with options of its own, which ``ODESampler`` leaves at what was published."""
-
-    def __init__(self, method: ODEMethod, steps: int, grid: Grid, **options: bool) -> None:
-        super().__init__(method, steps, grid)
-        self.options = options
-
-    def integrate(
-        self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
-    ) -> Tensor:
-        solver = getattr(solvers, self.method)
-        return solver(velocity, x0, times, model.path, trajectory=trajectory, **self.options)
+VARIANTS: dict[str, tuple[str, dict[str, Option]]] = {
+    "dpmpp_3m, corrected": ("dpmpp_3m", {"corrected": True}),
+    "ipndm, variable step": ("ipndm", {"variable_step": True}),
+}
 
 
 Make = Callable[[int, Grid], Sampler]
@@ -45,13 +36,12 @@ Make = Callable[[int, Grid], Sampler]
 
 def all_solvers() -> dict[str, Make]:
     """Every solver by its name, as a sampler of some steps on some grid; dopri5, which chooses its steps, left out."""
-    made: dict[str, Make] = {m: partial(ODESampler, m) for m in get_args(ODEMethod) if m != "dopri5"}
-    made["dpmpp_3m, corrected"] = partial(VariantSampler, "dpmpp_3m", corrected=True)
-    made["ipndm, variable step"] = partial(VariantSampler, "ipndm", variable_step=True)
-    for m in get_args(SDEMethod):
-        made[f"{m} (SDE)"] = partial(SDESampler, BetaDiffusion(), m)
-    made["churn (SDE)"] = lambda steps, grid: ChurnSampler(steps, grid=grid)
-    return made
+    made: dict[str, Make] = {}
+    for name in solver_names("ODE", "exponential"):
+        if SOLVERS[name].evaluations is not None:
+            made[name] = partial(build_sampler, name)
+    made |= {title: partial(build_sampler, name, options=options) for title, (name, options) in VARIANTS.items()}
+    return made | {f"{name} (SDE)": partial(build_sampler, name) for name in solver_names("SDE", "churn")}
 
 
 @torch.no_grad()
@@ -69,7 +59,9 @@ def reference_samples(
     with evaluation_mode(model):
         noise = image_noise(seeds, model.shape).to(model.device)
         start = times[0].to(noise).expand(len(seeds))
-        x = solvers.dopri5(velocity, expand_time(model.path.beta(start), noise) * noise, times, tolerance, tolerance)
+        x = solvers.dopri5(
+            velocity, expand_time(model.path.beta(start), noise) * noise, times, rtol=tolerance, atol=tolerance
+        )
         if limits.end < 1:
             end = times[-1].to(noise).expand(len(seeds))
             x = Velocity().data(model.path, velocity(x, end), x, end)
@@ -121,7 +113,7 @@ class ErrorTable:
     def markdown(self) -> str:
         """The table, the smallest error of each column in bold."""
         least, nfes = self.best(), list(next(iter(self.rows.values())))
-        lines = [f"## {self.title}", ""]
+        lines = [f"### {self.title}", ""]
         lines += ["| solver | " + " | ".join(f"{nfe} evaluations" for nfe in nfes) + " |", "|---|" + "---|" * len(nfes)]
         for name, row in self.rows.items():
             cells = []
@@ -136,10 +128,33 @@ class ErrorTable:
         return "\n".join(lines)
 
 
-def page(tables: Sequence[ErrorTable]) -> str:
-    """A Markdown page of tables, and how they were measured."""
+def solver_list() -> str:
+    """All solvers with their order, cost and options, as a Markdown table."""
+    rows = ["| solver | kind | order | evaluations per step | options and their defaults |", "|---|---|---|---|---|"]
+    for solver in SOLVERS.values():
+        cost = "adaptive" if solver.evaluations is None else solver.evaluations
+        defaults = {key: f"{value:g}" if type(value) is float else str(value) for key, value in solver.options.items()}
+        options = ", ".join(f"`{key}` {default.lower()}" for key, default in defaults.items())
+        rows.append(f"| `{solver.name}` | {solver.kind} | {solver.order} | {cost} | {options} |")
+    return "\n".join(rows)
+
+
+def introduction() -> str:
+    """What the page says about the solvers and about how they are compared."""
     grids = ", ".join(f"{letter} = `{type(grid).__name__}`" for letter, grid in GRIDS.items())
-    introduction = f"""# Solvers at equal cost
+    return f"""# Solvers
+
+{solver_list()}
+
+An exponential solver works in the noise level beta / alpha, and uses z or eps of past steps. The order holds for the
+default options: `dpmpp_3m` has order 3 with `corrected`, `ipndm` has order 4 with `variable_step`, and the order of
+`unipc` is its option plus 1. An SDE solver has the weak order shown here where its diffusion does not depend on x, and
+`churn` has order 2 where it adds no noise.
+
+Set an option with `--solver_options.order 3` in `sample.py`, with `options: {{order: 3}}` of a sampler in a recipe, and
+with `options={{"order": 3}}` in Python.
+
+## Solvers at equal cost
 
 Sliced 2-Wasserstein distance to the samples of dopri5 at a tolerance of 1e-6, in the units of the data, at the most
 steps that take no more than the given number of evaluations of the field (the closing denoising step included).
@@ -150,7 +165,11 @@ steps that take no more than the given number of evaluations of the field (the c
   sets of samples are to each other, up to chance.
 
 Made by `python scripts/figures.py --table FILE [--checkpoint RUN]`."""
-    return "\n\n".join([introduction, *(table.markdown() for table in tables)]) + "\n"
+
+
+def page(tables: Sequence[ErrorTable]) -> str:
+    """A Markdown page of all solvers and of the tables."""
+    return "\n\n".join([introduction(), *(table.markdown() for table in tables)]) + "\n"
 
 
 def error_table(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fmlit.cli.options import Integers, Names, Numbers, build_sampler, load_guide
+from fmlit.cli.options import Integers, Names, Numbers, load_guide
 from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.errors import UserError
 from fmlit.evaluation.measurements import LikelihoodMeasurement, SampleMeasurement, ScoredModel
@@ -14,6 +14,7 @@ from fmlit.evaluation.results import Measurement, Results
 from fmlit.evaluation.scoring import METRICS
 from fmlit.flows.diffusions import Diffusion
 from fmlit.models.compilation import CompileMode, compile_net
+from fmlit.sampling.build import build_sampler
 from fmlit.sampling.grids import Grid
 from fmlit.sampling.samplers import Precision, Sampler
 from fmlit.storage.loading import find_model, load, weights_of

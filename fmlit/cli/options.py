@@ -1,4 +1,4 @@
-"""What the scripts that start from a checkpoint share: typed options, the checkpoint, the sampler, a line of JSON."""
+"""What the scripts that start from a checkpoint share: typed options, the checkpoint, the device, a line of JSON."""
 
 import inspect
 import json
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,7 @@ from fmlit.cli import errors
 from fmlit.cli.parsing import Parser
 from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
-from fmlit.flows.diffusions import ConstantDiffusion, Diffusion
 from fmlit.models.generative_model import GenerativeModel
-from fmlit.sampling.grids import Grid
-from fmlit.sampling.samplers import ChurnSampler, ODEMethod, ODESampler, Precision, Sampler, SDEMethod, SDESampler
 from fmlit.storage.loading import find_model, load
 
 
@@ -109,29 +106,6 @@ def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) ->
     following = zip(args, [*args[1:], ""], strict=False)
     alone = [arg in switches and after not in ("true", "false") for arg, after in following]
     return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
-
-
-def build_sampler(
-    solver: str,
-    steps: int | None = None,
-    grid: Grid | None = None,
-    guidance: float = 1.0,
-    sigma: Diffusion | float | None = None,
-    precision: Precision = "float32",
-) -> Sampler:
-    """The sampler of a solver's name: an ODE's, an SDE's with ``sigma``, or churn. What is None keeps its default."""
-    odes, sdes = get_args(ODEMethod), get_args(SDEMethod)
-    if solver not in (*odes, *sdes, "churn"):
-        raise UserError(f"unknown solver {solver!r}: choose from {', '.join((*odes, *sdes, 'churn'))}")
-    if sigma is not None and solver not in sdes:
-        raise UserError(f"sigma is the noise of an SDE, and {solver} takes none: choose from {', '.join(sdes)}")
-    diffusion = ConstantDiffusion(sigma) if isinstance(sigma, int | float) else sigma
-    options = {"steps": steps, "grid": grid, "sigma": diffusion}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    given |= {"guidance": guidance, "precision": precision}
-    if solver == "churn":
-        return ChurnSampler(**given)
-    return (SDESampler if solver in sdes else ODESampler)(method=solver, **given)  # type: ignore
 
 
 def load_guide(path: str | None, trust: Sequence[str], device: torch.device) -> GenerativeModel | None:

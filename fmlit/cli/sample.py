@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmlit.cli.options import Names, build_sampler, choose_device, load_guide
+from fmlit.cli.options import Names, Numbers, choose_device, load_guide
 from fmlit.core.errors import UserError
 from fmlit.core.files import atomic_write, file_errors, new_file, new_folder
 from fmlit.core.progress import progress
@@ -20,10 +20,13 @@ from fmlit.data.image_files import save_npz, save_pngs
 from fmlit.flows.diffusions import Diffusion
 from fmlit.models.compilation import CompileMode, compile_net
 from fmlit.models.generative_model import GenerativeModel
+from fmlit.sampling.build import build_sampler
 from fmlit.sampling.drawing import draw_samples, image_grid
-from fmlit.sampling.generate import generate
+from fmlit.sampling.generate import deal_labels, generate
 from fmlit.sampling.grids import Grid
-from fmlit.sampling.samplers import Precision
+from fmlit.sampling.guidance import WHOLE_CLOCK, Interval
+from fmlit.sampling.samplers import Precision, SolverName
+from fmlit.solvers.records import Option
 from fmlit.storage.loading import find_model, load, training_data, weights_of
 
 if TYPE_CHECKING:
@@ -40,9 +43,11 @@ def sample(
     checkpoint: str,
     n: int = 100,
     labels: Names | None = None,
-    solver: str = "heun",
+    solver: SolverName = "heun",
+    solver_options: dict[str, Option] | None = None,
     steps: int | None = None,
     guidance: float = 1.0,
+    guidance_interval: Numbers = Numbers(WHOLE_CLOCK),
     grid: Grid | None = None,
     sigma: Diffusion | float | None = None,
     weights: str = "ema",
@@ -67,10 +72,11 @@ def sample(
         checkpoint: A checkpoint, the folder of a run, or an exported folder.
         n: Number of samples.
         labels: Classes, by id or by name: 3,7 or cat,dog. They are dealt in turn; by default all classes are.
-        solver: heun, euler, midpoint, rk4, dopri5, ddim, dpmpp_2m, dpmpp_3m, unipc, ipndm for the ODE; euler_maruyama,
-            stochastic_heun for the SDE; churn.
+        solver: Name of the solver; docs/solvers.md compares them.
+        solver_options: Options of the solver, such as --solver_options.order 3 for unipc; docs/solvers.md lists them.
         steps: Number of steps; by default 18, 250 for an SDE, 128 for churn.
-        guidance: Scale of classifier-free guidance, or of autoguidance where there is a guide; 1 is none.
+        guidance: Scale of classifier-free guidance, or of autoguidance where there is a guide; 1 disables guidance.
+        guidance_interval: Range of t in which guidance acts, from 0 (noise) to 1 (data), such as 0.2,0.8.
         grid: Where the steps lie.
         sigma: Diffusion coefficient of an SDE: a number, or a class.
         weights: ema for the first average, raw for the trained weights, or the name of an average.
@@ -91,7 +97,9 @@ def sample(
     started = time.perf_counter()
     file = find_model(checkpoint, "checkpoint")
     weights = weights_of(file, weights)
-    sampler = build_sampler(solver, steps, grid, guidance, sigma, precision)
+    sampler = build_sampler(
+        solver, steps, grid, guidance, sigma, precision, as_interval(guidance_interval, guidance), solver_options
+    )
     where = choose_device(device)
     model, weaker = load(file, weights, trust, where), load_guide(guide, trust, where)
     sampler.check(model, weaker)
@@ -105,7 +113,7 @@ def sample(
     if path is not None and len(model.shape) != 3:
         raise UserError(f"trajectories are drawn of images, and this model makes vectors of shape {model.shape}")
     classes = choose_classes(model, labels, file, trust)
-    asked = None if classes is None else classes[torch.arange(n) % len(classes)]
+    asked = deal_labels(model, n, classes)
     per_row = columns or (
         len(classes) if classes is not None and len(classes) <= MOST_COLUMNS else math.isqrt(n - 1) + 1
     )
@@ -130,6 +138,16 @@ def sample(
         **{"n": n, "seed": seed, "weights": weights, "sampler": name},
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def as_interval(given: Sequence[float], guidance: float) -> Interval:
+    """``--guidance_interval`` as (start, end). A UserError unless it has two numbers, and guidance that it acts on."""
+    if len(given) != 2:
+        raise UserError(f"guidance_interval takes two numbers, such as 0.2,0.8, got {','.join(map(str, given))}")
+    interval = given[0], given[1]
+    if guidance == 1 and interval != WHOLE_CLOCK:
+        raise UserError("guidance_interval has no effect with guidance 1: set --guidance, too")
+    return interval
 
 
 def choose_classes(

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.grids import Grid
 from fmlit.sampling.samplers import Sampler
-
-EVALUATIONS = {"midpoint": 2, "heun": 2, "rk4": 4, "stochastic_heun": 2, "churn": 2}  # of the field in one step; else 1
+from fmlit.solvers.records import SOLVERS
 
 
 def affordable_steps(make: Callable[[int, Grid], Sampler], model: GenerativeModel, nfe: int, grid: Grid) -> int | None:
@@ -22,7 +21,9 @@ def affordable_steps(make: Callable[[int, Grid], Sampler], model: GenerativeMode
         The number of steps, or None where not even one can be paid for.
     """
     probe = make(2, grid)
-    per_step = EVALUATIONS.get(probe.method, 1)
+    per_step = SOLVERS[probe.method].evaluations
+    if per_step is None:
+        raise ValueError(f"{probe.method} chooses its own steps")
     closing = bool(grid.times(model.path, 2, probe.limits(model))[-1] < 1)
     steps = (nfe - 1) // per_step + 1 if closing else nfe // per_step
     return steps if steps >= (2 if closing else 1) else None

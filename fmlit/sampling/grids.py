@@ -46,15 +46,6 @@ class UniformGrid(Grid):
         return limits.start + (limits.end - limits.start) * _points(steps, limits)
 
 
-@dataclass(frozen=True)
-class CosineGrid(Grid):
-    """Equal steps in the angle of a half circle: short steps near both ends."""
-
-    def times(self, path: GaussianPath, steps: int, limits: Limits = Limits(0.0, 1.0)) -> Tensor:
-        fractions = (1 - torch.cos(math.pi * _points(steps, limits))) / 2
-        return limits.start + (limits.end - limits.start) * fractions
-
-
 def _within(path: GaussianPath, limits: Limits, sigma_min: float, sigma_max: float) -> tuple[float, float]:
     """(sigma_max, sigma_min), narrowed to what the limits allow."""
     window = sigma_limits(path, sigma_min, sigma_max)

@@ -1,21 +1,16 @@
 """Samplers: a ``GenerativeModel`` and seeds in, images or whole trajectories out.
 
-Image i owns its noise (see ``randomness.py``) and batches are fixed, so that with a fixed-step method image i is
-bit-identical for any number of processes.
+Image i owns its noise (see ``randomness.py``) and batches are fixed. So with a fixed-step method image i is the same,
+bit for bit, for any number of processes.
 """
 
-import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from inspect import signature
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fmlit import solvers
 from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_noise
 from fmlit.core.tensors import Field, expand_time
@@ -24,39 +19,44 @@ from fmlit.flows.predictions import Velocity
 from fmlit.flows.times import Limits, sampling_limits, sigma_limits
 from fmlit.models.generative_model import GenerativeModel, evaluation_mode
 from fmlit.sampling.grids import EDMGrid, Grid, UniformGrid
-from fmlit.sampling.guidance import autoguided_velocity, checked_labels, guided_velocity
-from fmlit.solvers.sde import check_churn
+from fmlit.sampling.guidance import WHOLE_CLOCK, Interval, check_guidance, check_labels, guided_velocity
+from fmlit.sampling.names import sampler_name
+from fmlit.solvers.records import SOLVERS, Option, solver_names
+from fmlit.solvers.sde import NoiseSource
 
-ODEMethod = Literal["euler", "midpoint", "heun", "rk4", "dopri5", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm"]
-SDEMethod = Literal["euler_maruyama", "stochastic_heun"]
+if TYPE_CHECKING:
+    ODEMethod = str
+    SDEMethod = str
+    SolverName = str
+else:  # what the command line offers is what the records hold
+    ODEMethod = Literal[solver_names("ODE", "exponential")]
+    SDEMethod = Literal[solver_names("SDE")]
+    SolverName = Literal[solver_names()]
 Precision = Literal["float32", "bfloat16"]
-EXPONENTIAL = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm")
-
-
-def _label(key: str, value: Any) -> str:
-    """A number after its key; for a grid or diffusion its class and whatever is not its default: ``edm_rho5``."""
-    if isinstance(value, (int, float)):
-        return f"{key}{value:g}"
-    if isinstance(value, str):
-        return value
-    kind = type(value).__name__.removesuffix("Grid").removesuffix("Diffusion").lower()
-    changed = [f.name for f in fields(value) if getattr(value, f.name) != f.default] if is_dataclass(value) else []
-    return "_".join([kind, *(_label(name, getattr(value, name)) for name in changed)])
 
 
 class Sampler(ABC):
     """From noise to data along a model's field.
 
-    A subclass walks the grid; what is common is here: the initial noise, scaled by ``beta(t0)`` where the grid starts
-    at t0 > 0, and the closing denoising step ``x <- E[z | x]`` where the grid ends before t = 1.
+    A subclass follows the grid. This class does what they have in common: the initial noise, scaled by ``beta(t0)``
+    where the grid starts at t0 > 0, and the closing denoising step ``x <- E[z | x]`` where the grid ends before t = 1.
     """
 
     method: str
     steps: int
     grid: Grid
     guidance: float
+    guidance_interval: Interval = WHOLE_CLOCK
     precision: Precision = "float32"
-    stochastic: bool = False  # whether it follows the score, too
+    stochastic: ClassVar[bool] = False  # whether it follows the score, too
+
+    def __post_init__(self) -> None:
+        """Find mistakes now, and not at the first sample, which training may take hours to reach."""
+        if self.steps < 1:
+            raise UserError(f"steps must be at least 1, got {self.steps}")
+        check_guidance(self.guidance, self.guidance_interval)
+        if self.precision not in get_args(Precision):
+            raise UserError(f"unknown precision {self.precision!r}: choose from {', '.join(get_args(Precision))}")
 
     @property
     def name(self) -> str:
@@ -64,24 +64,14 @@ class Sampler(ABC):
         return self.named()
 
     def named(self, guided: bool = False) -> str:
-        """Method, steps and whatever differs from the sampler's defaults, for protocols.
-
-        ``heun18``, ``midpoint10+uniform`` (a grid), ``unipc10+cfg1.5`` (classifier-free guidance, or ``auto1.5`` by a
-        guide), ``eulermaruyama250+reverse`` (a diffusion coefficient), ``heun18+bfloat16`` (the network's arithmetic),
-        ``dopri5`` (which chooses its own steps).
-        """
-        steps = "" if self.method == "dopri5" else self.steps
-        parts = [f"{self.method.replace('_', '')}{steps}"]
-        for key, parameter in signature(type(self)).parameters.items():
-            value = getattr(self, key, parameter.default)
-            if key not in ("method", "steps", "guidance") and value != parameter.default:
-                parts.append(_label(key, value))
-        if self.guidance != 1:
-            parts.append(f"{'auto' if guided else 'cfg'}{self.guidance:g}")
-        return re.sub(r"[^A-Za-z0-9_.+]", "_", "+".join(parts))  # what protocols take
+        """Method, steps and whatever differs from the sampler's defaults, for protocols: see ``names.py``."""
+        return sampler_name(self, guided)
 
     def check(self, model: GenerativeModel, guide: GenerativeModel | None = None) -> None:
         """Raise a UserError where a model or guide does not have what the sampler follows, or steps are too few."""
+        for key, value in (("model", model), ("guide", guide or model)):
+            if not isinstance(value, GenerativeModel):
+                raise UserError(f"{key} must be a fmlit.GenerativeModel, got {type(value).__name__}")
         if self.stochastic and (model.coupled or (guide is not None and guide.coupled)):
             raise UserError(
                 f"{type(self).__name__} needs the score, which does not follow from the velocity of a model that was "
@@ -95,9 +85,12 @@ class Sampler(ABC):
         """The grid for a model, strictly increasing, float64. Raises a UserError where it needs more steps."""
         return self.grid.times(model.path, self.steps, self.limits(model))
 
-    @abstractmethod
     def limits(self, model: GenerativeModel) -> Limits:
         """The part of the clock on which the method's field is regular."""
+        window = self.grid.sigma_min, self.grid.sigma_max
+        if self.method in solver_names("exponential", "churn"):  # these divide by alpha and by the noise level
+            return sigma_limits(model.path, *window)
+        return sampling_limits(model.path, model.prediction, self.stochastic, *window)
 
     @abstractmethod
     def integrate(
@@ -117,24 +110,24 @@ class Sampler(ABC):
         """Draw one sample per seed.
 
         Args:
-            model: what to sample from; its parts are left in the mode, training or evaluation, in which they were.
+            model: what to sample from. Its parts keep the mode, training or evaluation, that they are in.
             seeds: (B,) int64, one per image: it alone decides the image's noise. See ``randomness.image_seeds``.
             labels: (B,) int64 class ids, or None for unconditional samples.
             trajectory: return every state instead of the last.
-            guide: a weaker model of the same data, away from which ``guidance`` then pushes: autoguidance.
+            guide: a weaker model of the same data, from which ``guidance`` pushes away: autoguidance.
 
         Returns:
             (B, *shape) float32 on the model's device, or (points, B, *shape) with ``trajectory``.
 
         Raises:
-            UserError: see ``check``; a label is none of the model's; the guide is of other data or on another path.
+            UserError: see ``check``; seeds or labels of a wrong type or shape; an unknown class; a guide of other data
+                or on another path.
         """
         self.check(model, guide)
-        known = checked_labels(model, seeds, labels)
-        if guide is None:
-            velocity = guided_velocity(model, known, self.guidance)
-        else:
-            velocity = autoguided_velocity(model, guide, known, self.guidance)
+        if not isinstance(seeds, Tensor) or seeds.ndim != 1 or seeds.dtype != torch.int64:
+            raise UserError("seeds must be an int64 tensor (B,), such as fmlit.core.randomness.image_seeds returns")
+        labels = check_labels(model, seeds, labels)
+        velocity = guided_velocity(model, labels, self.guidance, self.guidance_interval, guide)
         times = self.times(model)
         dtype = None if self.precision == "float32" else torch.bfloat16
         with evaluation_mode(model, dtype), evaluation_mode(guide or model, dtype):
@@ -151,144 +144,132 @@ class Sampler(ABC):
         return states
 
 
+@dataclass(frozen=True)
 class ODESampler(Sampler):
     """Follows the probability-flow ODE ``dx = u_t(x) dt``.
 
     Args:
-        method: the solver, by its name in ``fmlit.solvers``.
-        steps: number of steps; for ``dopri5`` the number of output points only, as its own steps adapt.
+        method: name of the solver in ``fmlit.solvers``.
+        steps: number of steps. ``dopri5`` chooses its own, and takes this as the number of output points.
         grid: where the steps lie.
-        guidance: classifier-free guidance scale, or that of autoguidance; 1 is none.
-        precision: of the network; bfloat16 is faster on GPUs, and the state of the solver stays float32.
+        guidance: scale of classifier-free guidance, or of autoguidance where there is a guide. 1 disables guidance.
+        guidance_interval: range of t in which guidance acts, from 0 (noise) to 1 (data).
+        precision: arithmetic of the network. bfloat16 is faster on GPUs. The solver computes in float32 either way.
+        options: options of the solver, such as order of unipc; docs/solvers.md lists them.
     """
 
-    def __init__(
-        self,
-        method: ODEMethod = "heun",
-        steps: int = 18,
-        grid: Grid = EDMGrid(),
-        guidance: float = 1.0,
-        precision: Precision = "float32",
-    ) -> None:
-        _check_sampler(method, get_args(ODEMethod), steps, guidance, precision)
-        self.method, self.steps, self.grid, self.guidance, self.precision = method, steps, grid, guidance, precision
+    method: ODEMethod = "heun"
+    steps: int = 18
+    grid: Grid = EDMGrid()
+    guidance: float = 1.0
+    guidance_interval: Interval = WHOLE_CLOCK
+    precision: Precision = "float32"
+    options: dict[str, Option] = field(default_factory=dict, hash=False)
 
-    def limits(self, model: GenerativeModel) -> Limits:
-        # Exponential solvers divide by alpha and by the noise level, so they need the regular part of the clock.
-        window = self.grid.sigma_min, self.grid.sigma_max
-        if self.method in EXPONENTIAL:
-            return sigma_limits(model.path, *window)
-        return sampling_limits(model.path, model.prediction, False, *window)
+    def __post_init__(self) -> None:
+        _check_method(self.method, solver_names("ODE", "exponential"))
+        super().__post_init__()
+        SOLVERS[self.method].check_options(self.options)
 
     def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
-        solver = getattr(solvers, self.method)
-        if self.method in EXPONENTIAL:
-            return solver(velocity, x0, times, model.path, trajectory=trajectory)
-        return solver(velocity, x0, times, trajectory=trajectory)
+        solver = SOLVERS[self.method]
+        path = (model.path,) if solver.kind == "exponential" else ()
+        return solver.function(velocity, x0, times, *path, trajectory=trajectory, **self.options)
 
 
+@dataclass(frozen=True)
 class SDESampler(Sampler):
     """Follows ``dX = [u_t(X) + sigma_t^2 / 2 s_t(X)] dt + sigma_t dW``, which has the ODE's marginals for any sigma_t.
 
     Args:
         sigma: the diffusion coefficient sigma_t, lowered where steps could not follow it (see ``Diffusion.along``).
-        method: the solver, by its name in ``fmlit.solvers``.
+        method: name of the solver in ``fmlit.solvers``.
         steps: number of steps.
         grid: where the steps lie.
-        guidance: classifier-free guidance scale, or that of autoguidance; 1 is none.
-        precision: of the network; bfloat16 is faster on GPUs, and the state of the solver stays float32.
+        guidance: scale of classifier-free guidance, or of autoguidance where there is a guide. 1 disables guidance.
+        guidance_interval: range of t in which guidance acts, from 0 (noise) to 1 (data).
+        precision: arithmetic of the network. bfloat16 is faster on GPUs. The solver computes in float32 either way.
     """
 
     stochastic = True
 
-    def __init__(
-        self,
-        sigma: Diffusion = BetaDiffusion(),
-        method: SDEMethod = "euler_maruyama",
-        steps: int = 250,
-        grid: Grid = UniformGrid(),
-        guidance: float = 1.0,
-        precision: Precision = "float32",
-    ) -> None:
-        _check_sampler(method, get_args(SDEMethod), steps, guidance, precision)
-        self.sigma, self.method, self.steps, self.grid = sigma, method, steps, grid
-        self.guidance, self.precision = guidance, precision
+    sigma: Diffusion = BetaDiffusion()
+    method: SDEMethod = "euler_maruyama"
+    steps: int = 250
+    grid: Grid = UniformGrid()
+    guidance: float = 1.0
+    guidance_interval: Interval = WHOLE_CLOCK
+    precision: Precision = "float32"
 
-    def limits(self, model: GenerativeModel) -> Limits:
-        window = self.grid.sigma_min, self.grid.sigma_max
-        return sampling_limits(model.path, model.prediction, True, *window)
+    def __post_init__(self) -> None:
+        _check_method(self.method, solver_names("SDE"))
+        super().__post_init__()
 
     def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
         sigma = self.sigma.along(model.path, times.to(x0))
 
-        def drift(x: Tensor, t: Tensor) -> Tensor:  # dynamics.sde_drift at the cost of one network evaluation
+        def drift(x: Tensor, t: Tensor) -> Tensor:  # diffusions.sde_drift at the cost of one network evaluation
             u = velocity(x, t)
             return u + sigma(x, t).square() / 2 * Velocity().score(model.path, u, x, t)
 
-        def noise(step: int, like: Tensor) -> Tensor:
-            return image_noise(seeds, model.shape, "sde", step).to(like)
-
-        return getattr(solvers, self.method)(drift, sigma, x0, times, noise=noise, trajectory=trajectory)
+        solver, noise = SOLVERS[self.method].function, _noise_of_images(seeds, model)
+        return solver(drift, sigma, x0, times, noise=noise, trajectory=trajectory)
 
 
+@dataclass(frozen=True)
 class ChurnSampler(Sampler):
     """EDM's stochastic sampler (Karras et al. 2022, algorithm 2): Heun steps between additions of noise.
 
     Args:
         steps: number of steps, each of two evaluations.
-        s_churn: how much noise is added over all steps; 0 is none. The defaults are EDM's for ImageNet-64 (table 5).
-        s_min: the noise level beta/alpha above which it is added.
-        s_max: and below which.
+        s_churn: how much noise is added over all steps. 0 adds none. The defaults are EDM's for ImageNet-64 (table 5).
+        s_min: lowest noise level beta / alpha at which noise is added.
+        s_max: highest noise level at which noise is added.
         s_noise: scale of the added noise.
         grid: where the steps lie.
-        guidance: classifier-free guidance scale, or that of autoguidance; 1 is none.
-        precision: of the network; bfloat16 is faster on GPUs, and the state of the solver stays float32.
+        guidance: scale of classifier-free guidance, or of autoguidance where there is a guide. 1 disables guidance.
+        guidance_interval: range of t in which guidance acts, from 0 (noise) to 1 (data).
+        precision: arithmetic of the network. bfloat16 is faster on GPUs. The solver computes in float32 either way.
     """
 
     method = "churn"
     stochastic = True
 
-    def __init__(
-        self,
-        steps: int = 128,
-        s_churn: float = 40.0,
-        s_min: float = 0.05,
-        s_max: float = 50.0,
-        s_noise: float = 1.003,
-        grid: Grid = EDMGrid(),
-        guidance: float = 1.0,
-        precision: Precision = "float32",
-    ) -> None:
-        _check_sampler(self.method, (self.method,), steps, guidance, precision)
-        check_churn(s_churn, s_min, s_max, s_noise)
-        self.steps, self.grid, self.guidance, self.precision = steps, grid, guidance, precision
-        self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
+    steps: int = 128
+    s_churn: float = 40.0
+    s_min: float = 0.05
+    s_max: float = 50.0
+    s_noise: float = 1.003
+    grid: Grid = EDMGrid()
+    guidance: float = 1.0
+    guidance_interval: Interval = WHOLE_CLOCK
+    precision: Precision = "float32"
 
-    def limits(self, model: GenerativeModel) -> Limits:
-        return sigma_limits(model.path, self.grid.sigma_min, self.grid.sigma_max)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        SOLVERS[self.method].check_options(self._options)
+
+    @property
+    def _options(self) -> dict[str, Option]:
+        return {name: getattr(self, name) for name in SOLVERS[self.method].options}
 
     def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
-        def noise(step: int, like: Tensor) -> Tensor:
-            return image_noise(seeds, model.shape, "sde", step).to(like)
-
-        knobs = (self.s_churn, self.s_min, self.s_max, self.s_noise)
-        path, steps = model.path, self.steps  # with the closing step, as EDM counts
-        return solvers.churn(velocity, x0, times, path, *knobs, noise=noise, trajectory=trajectory, steps=steps)
+        noise, steps = _noise_of_images(seeds, model), self.steps  # with the closing step, as EDM counts
+        solver = SOLVERS[self.method].function
+        return solver(velocity, x0, times, model.path, noise, trajectory=trajectory, steps=steps, **self._options)
 
 
-def _check_sampler(method: str, methods: Sequence[str], steps: int, guidance: float, precision: str) -> None:
-    """Now, not at the first sample, which training may take hours to reach."""
+def _check_method(method: str, methods: tuple[str, ...]) -> None:
     if method not in methods:
         raise UserError(f"unknown method {method!r}: choose from {', '.join(methods)}")
-    if steps < 1:
-        raise UserError(f"steps must be at least 1, got {steps}")
-    if not 0 <= guidance < math.inf:
-        raise UserError(f"guidance must be finite and at least 0, got {guidance}")
-    if precision not in get_args(Precision):
-        raise UserError(f"unknown precision {precision!r}: choose from {', '.join(get_args(Precision))}")
+
+
+def _noise_of_images(seeds: Tensor, model: GenerativeModel) -> NoiseSource:
+    """The noise of every step, which each image owns."""
+    return lambda step, like: image_noise(seeds, model.shape, "sde", step).to(like)

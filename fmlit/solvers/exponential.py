@@ -111,8 +111,7 @@ def unipc(
     which makes UniP-2 the step of DPM-Solver++(2M). Order p + 1. Unlike some implementations the order is lowered only
     where sigma = 0, not in all of the last p steps.
     """
-    if order not in (1, 2, 3):
-        raise UserError(f"unipc order must be 1, 2 or 3, got {order}")
+    check_order(order)
     alphas, sigmas = noise_levels(path, times)
     past: deque[Estimate] = deque(maxlen=order)
 
@@ -129,6 +128,12 @@ def unipc(
         return corrected
 
     return integrate(step, x0, times, trajectory)
+
+
+def check_order(order: int) -> None:
+    """Raise a UserError unless ``unipc`` has this order."""
+    if order not in (1, 2, 3):
+        raise UserError(f"unipc order must be 1, 2 or 3, got {order}")
 
 
 def noise_levels(path: GaussianPath, times: Tensor) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ Shared contract of all solvers in this package:
 * The result is (B, *shape), with ``trajectory=True`` (len(times), B, *shape), starting with x0.
 * UserError for times that do not increase, a field of another shape than x, and NaN or infinite values, naming the
   first step with one. Finiteness is gathered on the device and read once, at the end.
+* The options of a solver are its keyword-only arguments. ``records.py`` holds orders, costs and options of all solvers.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,22 +67,22 @@ def rk4(field: Field, x0: Tensor, times: Tensor, trajectory: bool = False) -> Te
 
 
 def dopri5(
-    field: Field, x0: Tensor, times: Tensor, rtol: float = 1e-5, atol: float = 1e-5, trajectory: bool = False
+    field: Field, x0: Tensor, times: Tensor, trajectory: bool = False, *, rtol: float = 1e-5, atol: float = 1e-5
 ) -> Tensor:
     """Dormand-Prince 5(4) with adaptive steps (torchdiffeq): ``times`` only say where the result is reported.
 
-    The local error is controlled in the root mean square over the whole batch, so samples depend on their neighbours.
+    The local error stays below ``atol + rtol |x|``. It is measured as the root mean square over the whole batch, so
+    samples depend on their neighbors.
 
     Raises:
         UserError: also where no step is small enough: a singular field, or tolerances too tight for x0's dtype.
     """
     from torchdiffeq import odeint
 
+    check_tolerances(rtol, atol)
     clock = check_times(times)
     _check_start(x0)
     end = clock[-1]
-    if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
-        raise UserError(f"dopri5 needs rtol, atol >= 0 and not both 0, got rtol={rtol}, atol={atol}")
     _raise_unless_finite([torch.isfinite(x0).all()], clock)
 
     def checked_field(t: Tensor, x: Tensor) -> Tensor:
@@ -100,6 +101,12 @@ def dopri5(
             raise
         raise UserError(f"dopri5 cannot reach rtol={rtol:g}, atol={atol:g} in {x0.dtype}: {error}") from error
     return states if trajectory else states[-1]
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raise a UserError unless ``dopri5`` can work with these tolerances."""
+    if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
+        raise UserError(f"dopri5 needs rtol, atol >= 0 and not both 0, got rtol={rtol}, atol={atol}")
 
 
 def integrate(

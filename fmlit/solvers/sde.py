@@ -78,14 +78,15 @@ def churn(
     x0: Tensor,
     times: Tensor,
     path: GaussianPath,
-    s_churn: float = 40.0,
-    s_min: float = 0.05,
-    s_max: float = 50.0,
-    s_noise: float = 1.003,
     noise: NoiseSource | None = None,
     generator: torch.Generator | None = None,
     trajectory: bool = False,
     steps: int | None = None,
+    *,
+    s_churn: float = 40.0,
+    s_min: float = 0.05,
+    s_max: float = 50.0,
+    s_noise: float = 1.003,
 ) -> Tensor:
     """EDM's stochastic sampler (Karras et al. 2022, algorithm 2) on any path, for y = x / alpha, sigma = beta / alpha.
 

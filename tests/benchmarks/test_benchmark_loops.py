@@ -9,8 +9,8 @@ from benchmarks import contenders, loops, published
 from benchmarks.sampling import SOLVERS, count_evaluations
 from benchmarks.training import built, peak_memory
 from benchmarks.workload import NETS, Workload, recipe
-from fmlit.cli.options import build_sampler
 from fmlit.models.unet import UNet
+from fmlit.sampling.build import build_sampler
 from fmlit.sampling.grids import UniformGrid
 from fmlit.training.modules import FlowMatchingModule
 from tests.helpers.tiny_benchmark import setup

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from fmlit.cli import sample as sampling
-from fmlit.cli.options import Integers, Names, build_sampler, run
+from fmlit.cli.options import Integers, Names, run
 from fmlit.core.files import new_folder
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.core.tensors import to_uint8
 from fmlit.data import ImageFolder, TwoPoints
-from fmlit.flows.diffusions import BetaDiffusion, ConstantDiffusion
 from fmlit.sampling.grids import UniformGrid
+from fmlit.solvers.records import SOLVERS
 from tests.helpers.known_model import STD, known_model, save_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sample.py"
@@ -138,7 +138,13 @@ def test_vectors(tmp_path, capsys):
         (("--labels", "-1"), "there is no class '-1'"),
         (("--n", "0"), "n, batch_size and columns must be at least 1, got 0"),
         (("--steps", "0"), "steps must be at least 1, got 0"),
-        (("--solver", "hoin"), "unknown solver 'hoin': choose from euler"),
+        (("--solver", "hoin"), "solver: Expected one of ['euler', 'midpoint', 'heun', 'rk4', 'dopri5', 'ddim', "),
+        (("--solver_options.order", "3"), "options: heun has no option 'order': it takes no options"),
+        (("--solver", "unipc", "--solver_options.ordr", "3"), "unipc has no option 'ordr': choose from order"),
+        (("--solver", "unipc", "--solver_options.order", "4"), "unipc order must be 1, 2 or 3, got 4"),
+        (("--guidance_interval", "0.2,0.8"), "guidance_interval has no effect with guidance 1: set --guidance, too"),
+        (("--guidance=2", "--guidance_interval=0.8,0.2"), "guidance_interval must satisfy 0 <= start < end <= 1"),
+        (("--guidance=2", "--guidance_interval=0.8"), "guidance_interval takes two numbers, such as 0.2,0.8, got 0.8"),
         (("--sigma", "0.5"), "sigma is the noise of an SDE, and heun takes none"),
         (("--weights", "ema_7"), "no weights 'ema_7'; choose one of: raw, ema_500"),
         (("--out", "grid.jpg"), "grid.jpg must end in .png"),
@@ -187,11 +193,28 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new"]
 
 
-def test_samplers_by_name():
-    ode, sde = build_sampler("unipc", 5, None, 1.5), build_sampler("euler_maruyama", sigma=0.5)
-    assert (ode.name, sde.name) == ("unipc5+cfg1.5", "eulermaruyama250+constant_value0.5")
-    assert sde.sigma == ConstantDiffusion(0.5)
-    assert build_sampler("stochastic_heun", 10, sigma=BetaDiffusion(2.0)).sigma == BetaDiffusion(2.0)
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("--solver", "unipc", "--solver_options.order", "3"), "unipc4+order3"),
+        (("--solver", "ipndm", "--solver-options.variable-step", "true"), "ipndm4+variable_step"),
+        (("--solver", "dpmpp_3m", "--solver_options", "{corrected: true}"), "dpmpp3m4+corrected"),
+        (("--solver", "dopri5", "--solver_options", '{"rtol": 1e-3, "atol": 1e-6}'), "dopri5+atol1e_06+rtol0.001"),
+        (("--solver", "churn", "--solver_options.s_churn", "80"), "churn4+s_churn80"),
+        (("--guidance", "2", "--guidance_interval", "0.2,0.8"), "heun4+cfg2_0.2to0.8"),
+        (("--guidance", "2", "--guidance-interval", "[0.2, 0.8]"), "heun4+cfg2_0.2to0.8"),
+    ],
+)
+def test_options_of_the_sampler_on_the_command_line(checkpoint, tmp_path, capsys, options, name):
+    out = ("--checkpoint", checkpoint, "--n", "2", "--steps", "4", "--out", f"{tmp_path}/g.png")
+    run(sampling.sample, [*out, *options])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sampler"] == name
+
+
+def test_help_lists_the_solvers(capsys):
+    with pytest.raises(SystemExit):
+        run(sampling.sample, ["--help"])
+    assert f"--solver {{{','.join(SOLVERS)}}}" in capsys.readouterr().out
 
 
 def test_options_as_they_are_written(capsys):

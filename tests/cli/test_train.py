@@ -124,6 +124,20 @@ def test_another_class_keeps_what_was_asked_for(tmp_path: Path) -> None:
     )
 
 
+def test_a_sampler_in_a_recipe_and_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    extra = tmp_path / "extra.yaml"
+    extra.write_text(
+        "samples: {sampler: {class_path: ODESampler, init_args: {method: unipc, guidance: 2.0, "
+        "guidance_interval: [0.2, 0.8], options: {order: 3}}}}\n"
+    )
+    sampler = printed_config(tmp_path, "--config", str(extra))["samples"]["sampler"]["init_args"]
+    assert (sampler["guidance_interval"], sampler["options"]) == ([0.2, 0.8], {"order": 3})
+    key = "--samples.sampler"
+    written = (f"{key}.method=unipc", f"{key}.options.order=3", f"{key}.guidance_interval=[0.2,0.8]")
+    sampler = printed_config(tmp_path, *written)["samples"]["sampler"]["init_args"]
+    assert (sampler["method"], sampler["guidance_interval"], sampler["options"]) == ("unipc", [0.2, 0.8], {"order": 3})
+
+
 def test_later_recipes_and_options_win(tmp_path: Path) -> None:
     extra = tmp_path / "extra.yaml"
     extra.write_text("images: 5\nema: {ramp: 0.3}\n")

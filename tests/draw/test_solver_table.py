@@ -2,18 +2,19 @@
 
 import itertools
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
 from docs.draw import oracle, solver_table
 from docs.draw.solver_table import GRIDS, all_solvers, error_table, sliced_wasserstein
-from fmlit import solvers
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, VPPath
 from fmlit.sampling.budget import affordable_steps
 from fmlit.sampling.samplers import ODESampler
+from fmlit.solvers.records import SOLVERS
 from tests.helpers.known_model import STD, known_model
 
 
@@ -72,7 +73,16 @@ def test_affordable_steps_are_the_most_that_can_be_paid(name, path):
 
 
 def test_every_solver_but_the_adaptive_one_is_in_the_table():
-    assert {make(4, GRIDS["E"]).method for make in all_solvers().values()} == set(solvers.__all__) - {"dopri5"}
+    assert {make(4, GRIDS["E"]).method for make in all_solvers().values()} == set(SOLVERS) - {"dopri5"}
+
+
+def test_the_page_lists_every_solver_with_its_record():
+    text = (Path(__file__).parents[2] / "docs" / "solvers.md").read_text()
+    assert text.startswith(solver_table.introduction())
+    assert "| `unipc` | exponential | 3 | 1 | `order` 2 |" in text
+    assert "| `dopri5` | ODE | 5 | adaptive | `rtol` 1e-05, `atol` 1e-05 |" in text
+    assert "| `ipndm` | exponential | 2 | 1 | `variable_step` false |" in text
+    assert all(f"\n| `{name}` |" in text for name in SOLVERS)
 
 
 @pytest.mark.parametrize(("path", "tolerance"), [(CondOTPath(), 1e-5), (VPPath(), 0.02)], ids=["CondOT", "VP"])

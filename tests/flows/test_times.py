@@ -19,11 +19,11 @@ from fmlit.flows.times import (
     sigma_limits,
     training_limits,
 )
-from fmlit.sampling.grids import CosineGrid, EDMGrid, LogitSNRGrid, UniformGrid
+from fmlit.sampling.grids import EDMGrid, LogitSNRGrid, UniformGrid
 
 PATHS = [CondOTPath(), CosinePath(), PolynomialPath(2.0), VPPath()]
 PREDICTIONS = [Velocity(), Noise(), Data(), Score(), PreconditionedVelocity()]
-GRIDS = [UniformGrid(), CosineGrid(), EDMGrid(), LogitSNRGrid()]
+GRIDS = [UniformGrid(), EDMGrid(), LogitSNRGrid()]
 each_path = pytest.mark.parametrize("path", PATHS, ids=repr)
 each_prediction = pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
 
@@ -162,11 +162,9 @@ def test_grids_increase_within_the_limits_and_take_the_stated_steps(grid, path, 
     assert len(times) == (steps + 1 if times[-1] == 1 else steps)
 
 
-def test_uniform_and_cosine_grids():
-    uniform, cosine = (grid.times(CondOTPath(), 4) for grid in (UniformGrid(), CosineGrid()))
+def test_uniform_grid():
+    uniform = UniformGrid().times(CondOTPath(), 4)
     torch.testing.assert_close(uniform, torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64))
-    angles = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64) * math.pi
-    torch.testing.assert_close(cosine, (1 - angles.cos()) / 2)
 
 
 @each_path
@@ -190,9 +188,7 @@ def test_grids_start_where_a_path_of_little_noise_starts():
         assert grid.times(path, 10)[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("grid", "fewest"), [(UniformGrid(), 1), (CosineGrid(), 1), (EDMGrid(), 2), (LogitSNRGrid(), 2)]
-)
+@pytest.mark.parametrize(("grid", "fewest"), [(UniformGrid(), 1), (EDMGrid(), 2), (LogitSNRGrid(), 2)])
 def test_too_few_steps_are_named(grid, fewest):
     assert len(grid.times(CondOTPath(), fewest)) == 2
     with pytest.raises(ValueError, match=f"at least {fewest} for this grid, got {fewest - 1}"):

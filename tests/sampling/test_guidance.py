@@ -5,7 +5,7 @@ from torch import nn
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, CosinePath, VPPath
 from fmlit.flows.predictions import Velocity
-from fmlit.sampling.guidance import autoguidance, classifier_free, labeled_classifier_free
+from fmlit.sampling.guidance import autoguidance, classifier_free, classifier_free_by_label
 
 PATHS = [CondOTPath(), CosinePath(), VPPath()]
 RULES = [classifier_free, autoguidance]
@@ -101,7 +101,7 @@ def test_one_doubled_batch_equals_two_evaluations(interval):
     x, t = batch()
     t[1] = 0.5
     recorded = Recorded(network)
-    doubled = labeled_classifier_free(recorded, labels, null_label=3, scale=2.0, interval=interval)
+    doubled = classifier_free_by_label(recorded, labels, null_label=3, scale=2.0, interval=interval)
     separate = classifier_free(
         lambda x, t: network(x, t, labels), lambda x, t: network(x, t, torch.full((4,), 3)), 2.0, interval
     )
@@ -112,14 +112,14 @@ def test_one_doubled_batch_equals_two_evaluations(interval):
 def test_doubled_batch_is_not_doubled_where_guidance_does_not_act():
     recorded, labels = Recorded(Network()), torch.tensor([0, 2, 1, 0])
     x, _ = batch()
-    labeled_classifier_free(recorded, labels, 3, scale=2.0, interval=(0.5, 1.0))(x, torch.zeros(4))
-    labeled_classifier_free(recorded, labels, None, scale=1.0)(x, torch.zeros(4))
+    classifier_free_by_label(recorded, labels, 3, scale=2.0, interval=(0.5, 1.0))(x, torch.zeros(4))
+    classifier_free_by_label(recorded, labels, None, scale=1.0)(x, torch.zeros(4))
     assert recorded.calls == [4, 4]
 
 
 def test_guidance_without_a_null_label_is_refused():
     with pytest.raises(ValueError, match="guidance needs a null label"):
-        labeled_classifier_free(Network(), torch.zeros(4, dtype=torch.int64), None, scale=2.0)
+        classifier_free_by_label(Network(), torch.zeros(4, dtype=torch.int64), None, scale=2.0)
 
 
 @each_rule

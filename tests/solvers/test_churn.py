@@ -49,7 +49,8 @@ def test_churn_is_algorithm_2_of_edm(path: GaussianPath) -> None:
         if sigmas[i + 1] > 0:
             y = hat + (sigmas[i + 1] - raised) * (d + slope(y, sigmas[i + 1])) / 2
     x0 = path.beta(times[0]) * normal(5, 2, seed=1)
-    x = solvers.churn(field, x0, times, path, s_churn, s_min, s_max, s_noise, noise=lambda i, like: xi[i])
+    options = {"s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise}
+    x = solvers.churn(field, x0, times, path, lambda i, like: xi[i], **options)
     torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
 
 

@@ -14,6 +14,7 @@ from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, CosinePath, GaussianPath, PolynomialPath, VPPath
 from fmlit.flows.predictions import Velocity
 from fmlit.sampling.grids import EDMGrid, LogitSNRGrid
+from fmlit.solvers.records import SOLVERS
 
 PATHS = [CondOTPath(), CosinePath(), PolynomialPath(2.0), VPPath()]
 METHODS: dict[str, Callable[..., Tensor]] = {
@@ -65,14 +66,14 @@ def order_problem():
 @pytest.mark.parametrize(
     ("name", "order", "steps"),
     [
-        ("ddim", 1, [64, 128, 256]),
-        ("dpmpp_2m", 2, [64, 128, 256]),
-        ("dpmpp_3m", 2, [64, 128, 256]),  # as published
+        ("ddim", SOLVERS["ddim"].order, [64, 128, 256]),
+        ("dpmpp_2m", SOLVERS["dpmpp_2m"].order, [64, 128, 256]),
+        ("dpmpp_3m", SOLVERS["dpmpp_3m"].order, [64, 128, 256]),  # as published
         ("dpmpp_3m corrected", 3, [64, 128, 256]),
         ("unipc 1", 2, [64, 128, 256]),
-        ("unipc", 3, [64, 128, 256]),
+        ("unipc", SOLVERS["unipc"].order, [64, 128, 256]),
         ("unipc 3", 4, [128, 192, 256]),
-        ("ipndm", 2, [64, 128, 256]),
+        ("ipndm", SOLVERS["ipndm"].order, [64, 128, 256]),
         ("ipndm variable", 4, [192, 256, 384]),
     ],
 )

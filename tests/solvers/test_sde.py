@@ -21,8 +21,9 @@ from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, GaussianPath
 from fmlit.flows.predictions import Velocity
 from fmlit.sampling.grids import LogitSNRGrid
+from fmlit.solvers.records import SOLVERS, solver_names
 
-SOLVERS = [solvers.euler_maruyama, solvers.stochastic_heun]
+BOTH = [solvers.euler_maruyama, solvers.stochastic_heun]
 THETA, MU, SIGMA = 1.0, 0.4, 0.8
 
 
@@ -53,7 +54,7 @@ def on_one_brownian_path(fine: Tensor, steps: int):
     return lambda i, like: sums[i]
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", BOTH)
 def test_strong_order_one_half_with_multiplicative_noise(solver) -> None:
     # mean error at t = 1 over 4,000 paths, against the Ito solution on the same Brownian path
     steps, fine, x0 = [16, 32, 64, 128], normal(128, 4000, 1), torch.ones(4000, 1, dtype=torch.float64)
@@ -63,7 +64,7 @@ def test_strong_order_one_half_with_multiplicative_noise(solver) -> None:
     assert observed_order(steps, errors) == pytest.approx(0.5, abs=0.2)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", BOTH)
 def test_strong_order_one_with_additive_noise(solver) -> None:
     # dX = -sin(2 X) dt + (1 + t / 2) dW over 500 paths; reference: Euler-Maruyama with 2,048 steps on the same path
     steps, fine, x0 = [8, 16, 32, 64], normal(2048, 500, 1), normal(500, 1, seed=1)
@@ -97,18 +98,18 @@ def linear_moments(solver, steps: int, growth: float = 0.0) -> tuple[float, floa
     return x[0].item(), (x[1:] - x[0]).square().sum().item()
 
 
-@pytest.mark.parametrize(("solver", "order"), [(solvers.euler_maruyama, 1), (solvers.stochastic_heun, 2)])
+@pytest.mark.parametrize("name", solver_names("SDE"))
 @pytest.mark.parametrize("growth", [0.0, 0.5])
-def test_weak_order_with_additive_noise(solver, order: int, growth: float) -> None:
+def test_weak_order_with_additive_noise(name: str, growth: float) -> None:
     steps, decay, g = [16, 32, 64], math.exp(-2 * THETA), growth
     # integral_0^1 e^(-2 (1 - s)) (1 + g s)^2 ds, by parts; THETA = 1
     variance = (1 - decay) / 2 + 2 * g * (1 + decay) / 4 + g**2 * (1 - decay) / 4
-    moments = [linear_moments(solver, n, growth) for n in steps]
+    moments = [linear_moments(SOLVERS[name].function, n, growth) for n in steps]
     for exact, measured in zip((math.exp(-THETA), variance), zip(*moments, strict=True), strict=True):
-        assert observed_order(steps, [abs(m - exact) for m in measured]) == pytest.approx(order, abs=0.2)
+        assert observed_order(steps, [abs(m - exact) for m in measured]) == pytest.approx(SOLVERS[name].order, abs=0.2)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", BOTH)
 def test_weak_order_one_and_ito_with_multiplicative_noise(solver) -> None:
     # Mean and second moment depend on two moments of the noise only: all sequences of signs give them exactly.
     # Stratonovich's solution would have the mean exp(MU + SIGMA^2 / 2).
@@ -124,7 +125,7 @@ def test_weak_order_one_and_ito_with_multiplicative_noise(solver) -> None:
     assert means[-1] < means[0] < 0.01
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", BOTH)
 def test_ornstein_uhlenbeck_mean_and_variance(solver) -> None:
     n, end = 20_000, 1.5
     x0 = torch.full((n, 1), 2.0, dtype=torch.float64)
@@ -134,7 +135,7 @@ def test_ornstein_uhlenbeck_mean_and_variance(solver) -> None:
     assert abs(x.var().item() - variance) < 3 * variance * math.sqrt(2 / n)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", BOTH)
 def test_brownian_motion_has_independent_increments(solver) -> None:
     n = 20_000
     x = solver(*brownian_motion(2.0), torch.zeros(n, 2).double(), grid(4, 8.0), generator=generator(), trajectory=True)
@@ -215,13 +216,13 @@ def test_sigma_three_needs_more_than_a_hundred_steps() -> None:
 def test_noise_is_owned_by_samples_not_by_batches() -> None:
     xi, x0 = normal(10, 6, 3), normal(6, 3, seed=1)
     drift, diffusion = ornstein_uhlenbeck(1.0, 0.5)
-    for solver in SOLVERS:
+    for solver in BOTH:
         whole = solver(drift, diffusion, x0, grid(10), noise=lambda i, like: xi[i])
         part = solver(drift, diffusion, x0[4:], grid(10), noise=lambda i, like: xi[i, 4:])
         assert torch.equal(whole[4:], part)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", BOTH)
 def test_generator_shapes_dtypes_and_trajectories(solver) -> None:
     x0 = normal(2, 3, 4, 4).float()
 
@@ -239,7 +240,7 @@ def test_generator_shapes_dtypes_and_trajectories(solver) -> None:
         torch.testing.assert_close(x, run(0))
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", BOTH)
 def test_bad_input(solver) -> None:
     x0, (drift, diffusion) = normal(3, 3), ornstein_uhlenbeck(1.0, 1.0)
     with pytest.raises(ValueError, match="either noise or generator, not both"):
