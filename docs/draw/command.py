@@ -14,7 +14,7 @@ from fmlit.core.files import new_file
 from fmlit.flows.paths import CondOTPath, VPPath
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.loading import load_model
-from fmlit.storage.run_folder import find_checkpoint
+from fmlit.storage.run_folder import RunFolder, find_checkpoint
 
 EXACT: dict[str, Callable[[], Figure]] = {
     "trajectory_field_ode": odes.trajectory_field_ode,
@@ -92,7 +92,7 @@ def draw(name: str, folder: Path, model: GenerativeModel | None = None) -> None:
 
 def _draw_curves(runs: Names, folder: Path) -> dict[str, Any]:
     """``loss.png`` in the folder: a panel for each run."""
-    files = {Path(run).name: Path(run) / "metrics.csv" for run in runs}
+    files = {Path(run).name: RunFolder(Path(run)).metrics for run in runs}
     for file in files.values():
         if not file.is_file():
             raise ValueError(f"curves_of: there is no {file}; give folders of runs, such as runs/quickstart")

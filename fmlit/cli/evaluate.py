@@ -20,7 +20,7 @@ from fmlit.models.compilation import CompileMode, compile_net
 from fmlit.sampling.grids import Grid
 from fmlit.sampling.samplers import Precision
 from fmlit.storage.loading import load_model, training_data
-from fmlit.storage.run_folder import find_checkpoint, folder_of_run
+from fmlit.storage.run_folder import RunFolder, find_checkpoint
 
 
 def evaluate(
@@ -118,7 +118,8 @@ def evaluate(
             paths = [str(Path(cache, reference.identity.filename)) for reference in scorer.references]
             return {"references": paths} if ranks.rank == 0 else None
 
-        folder = Path(out) if out else (Path() if file is None or images else folder_of_run(file)) / "evaluation"
+        run = RunFolder(Path()) if file is None or images else RunFolder.of_checkpoint(file)
+        folder = Path(out) if out else run.evaluation
         results = Results(folder)
         if images is not None:
             cells = [images_cell(scorer, images)]

@@ -8,7 +8,7 @@ from fmlit.core.files import new_folder
 from fmlit.storage import checkpoints
 from fmlit.storage.exports import DType, save
 from fmlit.storage.loading import load_model
-from fmlit.storage.run_folder import find_checkpoint, folder_of_run
+from fmlit.storage.run_folder import RunFolder, find_checkpoint
 
 
 def export(
@@ -34,7 +34,7 @@ def export(
         trust: Packages besides fmlit whose classes the checkpoint may name.
     """
     file = find_checkpoint(checkpoint)
-    folder = Path(out) if out else folder_of_run(file) / "export"
+    folder = Path(out) if out else RunFolder.of_checkpoint(file).export
     model = load_model(file, weights, trust)
     images_seen = checkpoints.load(file).get("images_seen")
     with new_folder(folder) as partial:

@@ -18,6 +18,7 @@ from torch import nn
 
 import fmlit
 from fmlit.core.errors import UserError
+from fmlit.core.internals import uncompiled
 from fmlit.data.data_module import DataModule
 from fmlit.flows.paths import GaussianPath
 from fmlit.flows.predictions import Prediction
@@ -34,7 +35,7 @@ def describe(obj: Any) -> Description:
     Raises:
         UserError: a constructor argument is not an attribute of the same name, or its value is not plain data.
     """
-    obj = getattr(obj, "_orig_mod", obj)  # the module inside a torch.compile wrapper
+    obj = uncompiled(obj)
     cls = type(obj)
     if not isinstance(obj, BASES):
         raise UserError(f"only networks, paths, predictions and data can be described, got a {cls.__qualname__}")

@@ -12,7 +12,7 @@ from fmlit.storage import exports
 from fmlit.storage.checkpoints import load, newest_valid
 from fmlit.storage.descriptions import describe
 from fmlit.storage.loading import load_model
-from fmlit.storage.run_folder import find_checkpoint
+from fmlit.storage.run_folder import RunFolder, find_checkpoint
 from fmlit.training.modules import GenerativeModule
 
 MOST_DIFFERENCES = 3
@@ -30,7 +30,7 @@ class Start(NamedTuple):
     weights: str | None = None
 
 
-def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
+def find_start(folder: RunFolder, module: GenerativeModule, required: bool) -> Start:
     """The newest checkpoint of a run folder, once it verifies and fits the module. For rank 0.
 
     Args:
@@ -41,10 +41,9 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
     Raises:
         UserError: there is none, or it is of another model; the message names the keys that differ.
     """
-    checkpoints = folder / "checkpoints"
-    if not required and not any(checkpoints.glob("*.ckpt")):
+    if not required and not folder.has_checkpoints():
         return Start()
-    path = newest_valid(checkpoints)
+    path = newest_valid(folder.checkpoints)
     checkpoint = load(path)
     differences = list(
         _differences(_lasting(checkpoint.get("model_description")), _lasting(describe(module.model)), "model")
@@ -57,7 +56,7 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
     if differences:
         raise UserError(
             f"{_listed(differences)}: {path} holds another model; resume with the configuration in "
-            f"{folder / 'config.yaml'}, or start a new run without --resume"
+            f"{folder.config}, or start a new run without --resume"
         )
     return Start(str(path), int(checkpoint["global_step"]), int(checkpoint["images_seen"]))
 

@@ -70,7 +70,7 @@ def run(
     folder: Path, steps: int = STEPS, dropout: float = 0.0, transport: bool = False, fast: bool = False, **settings: Any
 ) -> None:
     """Train on the digits with everything that acts on the way."""
-    recipe = {"muon": True, "uncertainty": True, "channels_last": True} if fast else {}
+    recipe = {"muon": True, "learned_loss_weight": True, "channels_last": True} if fast else {}
     coupling = OptimalTransportCoupling(12, across_ranks=True) if transport else IndependentCoupling()
     module = digits_module(net=functools.partial(tiny_unet, dropout=dropout), coupling=coupling, **recipe)
     few = ODESampler("euler", 4)
