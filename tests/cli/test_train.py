@@ -190,13 +190,13 @@ def test_a_folder_of_runs_that_is_none_is_refused_and_leaves_nothing(
 
 
 def test_the_trainer_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built, initialize = [], pl.Trainer.__init__
+    built, build = [], command.LightningCLI.instantiate_trainer
 
-    def count(self: pl.Trainer, *args: Any, **settings: Any) -> None:
-        built.append(self)
-        initialize(self, *args, **settings)
+    def count(self: command.LightningCLI, **settings: Any) -> pl.Trainer:
+        built.append(build(self, **settings))
+        return built[-1]
 
-    monkeypatch.setattr(pl.Trainer, "__init__", count)
+    monkeypatch.setattr(command.LightningCLI, "instantiate_trainer", count)
     assert train(tmp_path, "--images=16").code == 0
     assert len(built) == 1
 
