@@ -16,6 +16,7 @@ from fmlit.evaluation.curves import read_metrics, training_curves
 from fmlit.flows.paths import CondOTPath, VPPath
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.loading import find_model, load
+from fmlit.storage.run_folder import RunFolder
 
 EXACT: dict[str, Callable[[], Figure]] = {
     "trajectory_field_ode": odes.trajectory_field_ode,
@@ -94,7 +95,7 @@ def draw(name: str, folder: Path, model: GenerativeModel | None = None) -> None:
 def _draw_curves(runs: Names, folder: Path) -> dict[str, Any]:
     """``loss.png`` in the folder: a panel for each run."""
     try:
-        metrics = {Path(run).name: read_metrics(Path(run) / "metrics.csv") for run in runs}
+        metrics = {Path(run).name: read_metrics(RunFolder(Path(run)).metrics) for run in runs}
     except UserError as error:
         raise UserError(f"curves_of: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)

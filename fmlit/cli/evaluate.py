@@ -18,7 +18,7 @@ from fmlit.sampling.build import build_sampler
 from fmlit.sampling.grids import Grid
 from fmlit.sampling.samplers import Precision, Sampler
 from fmlit.storage.loading import find_model, load, weights_of
-from fmlit.storage.run_folder import folder_of_run
+from fmlit.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def evaluate(
         raise UserError(f"--{sweep.changed[0]} has no meaning with --metrics bpd, which draws no samples: leave it out")
     samplers = sweep.samplers() if draws else []
     with scoring.scorer(metrics, file) as scorer:
-        results = Results(Path(out) if out else folder_of_run(file) / "evaluation")
+        results = Results(Path(out) if out else RunFolder.of_checkpoint(file).evaluation)
         weights = weights_of(file, weights)
         model = load(file, weights, scoring.trust, scorer.device).requires_grad_(False)
         guide = load_guide(sweep.guide, scoring.trust, scorer.device)

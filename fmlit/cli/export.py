@@ -8,7 +8,7 @@ from fmlit.core.files import new_folder
 from fmlit.storage import checkpoints, exports
 from fmlit.storage.exports import DType, save
 from fmlit.storage.loading import find_model, load, weights_of
-from fmlit.storage.run_folder import folder_of_run
+from fmlit.storage.run_folder import RunFolder
 
 
 def export(
@@ -35,7 +35,7 @@ def export(
     """
     file = find_model(checkpoint, "checkpoint")
     weights = weights_of(file, weights)
-    folder = Path(out) if out else folder_of_run(file) / "export"
+    folder = Path(out) if out else RunFolder.of_checkpoint(file).export
     model = load(file, weights, trust)
     origin = exports.read_description(file) if file.is_dir() else checkpoints.load(file)
     with new_folder(folder) as partial:

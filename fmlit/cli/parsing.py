@@ -13,13 +13,13 @@ from typing import Any
 
 import jsonargparse
 import yaml
-from jsonargparse import _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
 import fmlit
 from fmlit.cli import errors, messages
 from fmlit.cli.messages import join_keys
 from fmlit.core.errors import MISTAKES, FileError, UserError
+from fmlit.training.lightning_internals import forget_defaults_of_replaced_classes
 
 HELP = """Train an image generator by flow matching or score matching.
 
@@ -55,26 +55,6 @@ LINKS = {
 }
 
 
-_discard_what_does_not_fit = _typehints.discard_init_args_on_class_path_change
-
-
-def _discard_defaults_of_another_class(parser: Any, before: Any, now: Mapping[str, Any]) -> None:
-    """What was the default of one class does not become the value of the next, even where their names are the same.
-
-    jsonargparse keeps all that fits (its issue 460): an SDESampler would get the 18 steps that are the default of
-    ODESampler, which stood there before, in place of its own 250. What the user has set is kept.
-    """
-    if before and "init_args" in before and before["class_path"] != now["class_path"]:
-        defaults = _typehints.ActionTypeHint.get_class_parser(before["class_path"], {}).get_defaults()
-        given = before["init_args"]
-        for name in [name for name in vars(given) if name in defaults and given[name] == defaults[name]]:
-            del given[name]
-    _discard_what_does_not_fit(parser, before, now)
-
-
-_typehints.discard_init_args_on_class_path_change = _discard_defaults_of_another_class
-
-
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
     """Keeps the lines of the description, and of the subclasses of a type names fmlit's where it has any."""
 
@@ -95,6 +75,7 @@ class Parser(LightningArgumentParser):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        forget_defaults_of_replaced_classes()
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
         self._class: Any = None
         self._args: Sequence[str] = ()

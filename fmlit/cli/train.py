@@ -24,31 +24,22 @@ from fmlit.cli.parsing import HELP, Parser, check_arguments, check_network, conf
 from fmlit.core.errors import LostProcessError, UserError
 from fmlit.data.data_module import DataModule
 from fmlit.storage.checkpoints import AtomicCheckpointIO
-from fmlit.training.averages import EMA
-from fmlit.training.callbacks import (
-    Checkpoint,
-    Preempted,
-    Preemption,
-    ProgressBar,
-    QualityCurve,
-    SampleGrid,
-    TrainingLog,
-)
+from fmlit.storage.run_folder import RunFolder, expand_root
+from fmlit.training.callbacks import Preempted, ProgressBar, TrainingLog
 from fmlit.training.launch import begin
 from fmlit.training.loggers import MetricsFile
 from fmlit.training.modules import GenerativeModule
 from fmlit.training.rendezvous import agree
 from fmlit.training.resume import Start, find_start, take_weights
-from fmlit.training.summary import callback, headline, quiet_logging, summary
+from fmlit.training.summary import Parts, describe_run, quiet_logging, summarize_run
 from fmlit.training.trainer_settings import (
-    best_precision,
-    better_strategy,
     check_launch,
     check_launcher,
     check_trainer,
     cluster_plugins,
-    launched_processes,
-    unprofiled,
+    default_precision,
+    match_launcher,
+    static_graph_ddp,
 )
 
 # Trainer options that would be accepted and then ignored: the stream of batches is endless and its length is in images,
@@ -61,13 +52,7 @@ MANAGED_TRAINER_OPTIONS = {
     *("val_check_interval", "check_val_every_n_epoch"),
 }
 
-PARTS = {
-    "ema": EMA,
-    "checkpoint": Checkpoint,  # before what takes long, and may fail
-    "samples": SampleGrid,
-    "quality": QualityCurve,
-    "preemption": Preemption,  # after all that acts at the end of a step
-}
+PARTS: dict[str, type[pl.Callback]] = Parts.__annotations__
 MEMORY = "lower data.batch_size (while scoring quality.batch_size), or raise trainer.accumulate_grad_batches"
 TRAINER_ERRORS = (ValueError, TypeError, ImportError, MisconfigurationException)  # of options that do not fit
 PREEMPTED = 128 + signal.SIGTERM  # the exit code, whichever signal it was: what schedulers take for an ended job
@@ -94,7 +79,7 @@ class RunConfig(SaveConfigCallback):
 class TrainingCLI(LightningCLI):
     """Parses, builds model and data, claims the run folder, builds the trainer. ``fit`` trains."""
 
-    run_folder: Path
+    run_folder: RunFolder
     start = Start()
     _fresh = True
     fit_seconds = math.inf
@@ -135,7 +120,7 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, help="Name of the run (default: the name of the YAML file).")
-        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs; ~ and $VAR are expanded.")
         parser.add_argument(
             "--resume",
             type=bool | Literal["auto"],
@@ -173,7 +158,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         resume, self.config["resume"] = self.config["resume"], False  # config.yaml starts a run of its own
         self.config["name"] = self.config["name"] or self._stem
-        self.run_folder, resumed = begin(self.config["runs"], self.config["name"], resume)
+        self.run_folder, resumed = begin(expand_root(self.config["runs"]), self.config["name"], resume)
         self._fresh = not resumed
         try:
             if resumed:
@@ -192,11 +177,10 @@ class TrainingCLI(LightningCLI):
 
     def _build_trainer(self, **settings: Any) -> pl.Trainer:
         try:
-            copied = {**settings, "callbacks": [*settings["callbacks"]]}  # Lightning adds to the list
-            trainer = super().instantiate_trainer(**copied)
+            with static_graph_ddp():
+                trainer = super().instantiate_trainer(**settings)
             check_launcher(trainer)
-            strategy = better_strategy(self.config["trainer"]["strategy"], trainer)
-            return unprofiled(super().instantiate_trainer(**settings, strategy=strategy) if strategy else trainer)
+            return trainer
         except TRAINER_ERRORS as error:
             raise UserError(f"trainer: {error}") from error
 
@@ -223,8 +207,8 @@ class TrainingCLI(LightningCLI):
             "use_distributed_sampler": False,  # the data modules deal images to ranks themselves
             "max_epochs": -1,
             "max_steps": steps,
-            **launched_processes(given),
-            "precision": given["precision"] or (None if chosen else best_precision(given["accelerator"])),
+            **match_launcher(given),
+            "precision": given["precision"] or (None if chosen else default_precision(given["accelerator"])),
             "logger": [MetricsFile(self.run_folder, self.start.step), *loggers],
             "callbacks": [*filter(None, callbacks), TrainingLog(), *bar],
             "plugins": [*filter(None, plugins), *cluster_plugins(plugins), AtomicCheckpointIO()],
@@ -239,17 +223,22 @@ class TrainingCLI(LightningCLI):
         except UserError as error:
             raise UserError(f"data.{error}") from error
 
+    @property
+    def parts(self) -> Parts:
+        """The callbacks of the configuration."""
+        return Parts(**{key: self.config_init[key] for key in PARTS})
+
     def fit(self) -> None:
-        """Train. A run folder in which nothing was learnt is removed again."""
+        """Train. A run folder in which nothing was learned is removed again."""
         if self.trainer.is_global_zero:
-            print(headline(self.trainer, self.model, self.datamodule, self.start), flush=True)
+            print(describe_run(self.run_folder, self.trainer, self.model, self.datamodule, self.start), flush=True)
         started = time.perf_counter()
         try:
-            with callback(self.trainer, Preemption).listening():
+            with self.parts.preemption.watch_signals():
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
             if self.trainer.is_global_zero and self.trainer.global_step:
-                newest = callback(self.trainer, Checkpoint).newest or self.start.checkpoint
+                newest = self.parts.checkpoint.newest or self.start.checkpoint
                 goes_on = f"--resume goes on from {newest}" if newest else "nothing had been saved yet"
                 print(f"interrupted after {self.model.images_seen:,} images; {goes_on}", file=sys.stderr)
             raise
@@ -265,8 +254,7 @@ class TrainingCLI(LightningCLI):
 
     def discard(self) -> None:
         """Remove the run folder, if this process made it and nothing was saved there."""
-        saved = any(self.run_folder.glob("checkpoints/*.ckpt"))
-        if self._fresh and not saved and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if self._fresh and not self.run_folder.has_checkpoints() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             shutil.rmtree(self.run_folder, ignore_errors=True)
 
 
@@ -288,12 +276,13 @@ def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, progra
             except Preempted as error:
                 preempted = error
     if cli.trainer.is_global_zero:
-        told = summary(cli.trainer, cli.model, cli.start, PARTS, time.perf_counter() - started, cli.fit_seconds)
+        seconds = time.perf_counter() - started
+        summary = summarize_run(cli.run_folder, cli.model, cli.start, cli.parts, seconds, cli.fit_seconds)
         if preempted:
             print(f"preempted by {preempted}", file=sys.stderr)
-            told["preempted"] = preempted.signal
+            summary["preempted"] = preempted.signal
         elif (done := cli.trainer.global_step) < cli.trainer.max_steps:  # by trainer.max_time, or a callback
             print(f"ended after {done:,} of {cli.trainer.max_steps:,} steps; --resume goes on", file=sys.stderr)
-        print(json.dumps(told), flush=True)
+        print(json.dumps(summary), flush=True)
     if preempted:
         raise SystemExit(PREEMPTED)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fmlit.core.errors import UserError
+from fmlit.core.internals import replaces_sampler
 from fmlit.core.tensors import from_uint8
 from fmlit.data.order import GlobalBatchSampler, TrainingOrder
 from fmlit.data.resident import ResidentDataset, resident
@@ -126,8 +127,8 @@ class DataModule(LightningDataModule, ABC):
         if trainer is None:
             return RankSlice(self.batch_size, 0, 1)
         world_size, accumulated = trainer.world_size, trainer.accumulate_grad_batches
-        # Lightning keeps the flag nowhere public, and its own error names a sampler that the user has never seen.
-        if world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        # Lightning's own error names a sampler that the user has never seen.
+        if world_size > 1 and replaces_sampler(trainer):
             raise UserError(
                 "pass Trainer(use_distributed_sampler=False): the data module already deals images to the "
                 f"{world_size} processes"

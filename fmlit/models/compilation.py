@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch._functorch.config
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from fmlit.core.errors import UserError
+from fmlit.core.internals import compile_backward_early, is_compiler_error, plain_call, replace_call
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +60,9 @@ def compile_net(net: nn.Module, mode: CompileMode) -> None:
         net: the network; compiling is put off to its first call.
         mode: of ``torch.compile``; "reduce-overhead" and "max-autotune" use CUDA graphs.
     """
-    # Else the backward pass is compiled where it is first run, and a failure there ends the training.
-    torch._functorch.config.force_non_lazy_backward_lowering = True
-    # What net.compile() does, with a way out.
-    compiled = torch.compile(net._call_impl, mode=mode, dynamic=False)
-    net._compiled_call_impl = _OrPlain(net, compiled, mode in CUDA_GRAPHS)
+    compile_backward_early()
+    compiled = torch.compile(plain_call(net), mode=mode, dynamic=False)
+    replace_call(net, _OrPlain(net, compiled, mode in CUDA_GRAPHS))
 
 
 class _OrPlain:
@@ -82,8 +79,10 @@ class _OrPlain:
             try:
                 output = self.compiled(*args, **kwargs)
                 return output.clone() if self.copies else output
-            except TorchDynamoException as error:  # what the network itself raises passes
+            except Exception as error:
+                if not is_compiler_error(error):
+                    raise
                 self.failed = True
                 reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
                 log.warning("torch.compile failed (%s: %s); going on without it", type(error).__name__, reason)
-        return self.net._call_impl(*args, **kwargs)
+        return plain_call(self.net)(*args, **kwargs)

@@ -15,6 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 
 from fmlit.core.errors import FileError, UserError
 from fmlit.core.files import Hash, HashingWriter, atomic_write, read_hashes, sha256, write_hashes
+from fmlit.storage.run_folder import LAST
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def newest_valid(folder: StrPath) -> Path:
         try:
             checkpoint = _read(path, mmap=True)  # the tensors stay on the disk
             progress = [int(checkpoint.get(key) or 0) for key in ("images_seen", "global_step")]
-            found.append((progress, path.name == "last.ckpt", path))
+            found.append((progress, path.name == LAST, path))
         except (OSError, TypeError, ValueError) as error:
             skipped += 1
             log.warning("skipped a checkpoint: %s", error)

@@ -9,20 +9,23 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fmlit.core.errors import UserError
+from fmlit.core.internals import copy_all, has_buffers, lerp_all
 from fmlit.models.generative_model import GenerativeModel
+from fmlit.training.hooks import Callback
 from fmlit.training.modules import GenerativeModule
 
 
-class EMA(pl.Callback):
-    """Keeps averaged copies of the network, in float32, updated after every optimiser step.
+class EMA(Callback):
+    """Keep averaged copies of the network, in float32, and update them after every optimizer step.
 
-    The decay over a step of ``b`` images is ``0.5 ** (b / h)`` with ``h = min(half_life, ramp * images_seen)``: early
-    on the average forgets quickly, so that it does not carry the initial weights along (the ramp is that of Karras et
-    al. 2022). In images, it means the same for every batch size and number of ranks.
+    The decay over a step of ``b`` images is ``0.5 ** (b / h)`` with ``h = min(half_life, ramp * images_seen)``. Early
+    on the average forgets quickly, so that it does not carry the initial weights along (the ramp is that of
+    `Karras et al. 2022 <https://arxiv.org/abs/2206.00364>`_). A half-life in images means the same for every batch size
+    and number of ranks.
 
     Buffers, such as running statistics, are copied as they are, wherever both networks have them in one shape.
 
-    The trained weights are never touched: samplers are handed ``model()``. Every checkpoint carries all copies, under
+    The trained weights are never touched: samplers get ``model()``. Every checkpoint holds all copies, under
     ``checkpoint["ema"][name]``.
 
     Args:
@@ -43,50 +46,59 @@ class EMA(pl.Callback):
         self._float = True  # whether these are in float32
         self._images_seen = self._step = 0
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, GenerativeModule)
-        if stage == "fit" and not self.copies:
-            self.copies = {name: self._new_copy(pl_module.model.net) for name in self.names}
+    def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        pl_module.run.averages = self
+        self.copies = self.copies or {name: self._new_copy(pl_module.model.net) for name in self.names}
 
     def _new_copy(self, net: nn.Module) -> AveragedModel:
         copy = AveragedModel(net, use_buffers=False).float()
         copy.requires_grad_(False)
         return copy.eval()
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, GenerativeModule)
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         for copy in self.copies.values():
             copy.module.to(pl_module.device)  # the count stays on the CPU, where reading it stalls no queue
             pl_module.execution.compile_net(copy.module)
         self._parameters = {}
 
-    @torch.no_grad()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
+        self._images_seen, self._step = pl_module.images_seen, trainer.global_step
+
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, GenerativeModule)
-        if trainer.global_step == self._step:
-            return  # gradients are still accumulating: the weights have not moved
-        self._step = trainer.global_step
-        seen = pl_module.images_seen
-        step, self._images_seen = seen - self._images_seen, seen
+        self.update(pl_module, trainer.global_step)
+
+    @torch.no_grad()
+    def update(self, module: GenerativeModule, step: int) -> None:
+        """Include the weights after optimizer step number ``step``, unless that has been done.
+
+        Whatever samples or saves calls this first, so callbacks may be listed in any order.
+        """
+        if step == self._step:
+            return  # the weights have not moved, as where gradients are still accumulating
+        self._step, seen = step, module.images_seen
+        images, self._images_seen = seen - self._images_seen, seen
         if not self._parameters:  # listing them takes eight times as long as averaging those of a small network
-            nets: dict[str, nn.Module] = {"": pl_module.model.net, **self.copies}
+            nets: dict[str, nn.Module] = {"": module.model.net, **self.copies}
             self._parameters = {name: [*net.parameters()] for name, net in nets.items()}
-            self._buffered = any(module._buffers for module in nets[""].modules())  # also those that are still None
+            self._buffered = has_buffers(nets[""])
             self._float = all(p.dtype == torch.float32 for p in self._parameters[""])
         trained = self._parameters[""]
         if not self._float:
             trained = [p.float() for p in trained]
         for half_life, (name, copy) in zip(self.half_lives, self.copies.items(), strict=True):
             if copy.n_averaged == 0:
-                torch._foreach_copy_(self._parameters[name], trained)
+                copy_all(self._parameters[name], trained)
             else:
-                decay = 0.5 ** (step / min(half_life, self.ramp * seen))
-                torch._foreach_lerp_(self._parameters[name], trained, 1 - decay)
+                decay = 0.5 ** (images / min(half_life, self.ramp * seen))
+                lerp_all(self._parameters[name], trained, 1 - decay)
             copy.n_averaged += 1
             if self._buffered:
-                _copy_buffers(pl_module.model.net, copy.module)
+                _copy_buffers(module.model.net, copy.module)
 
     def model(self, module: GenerativeModule, name: str | None = None) -> GenerativeModel:
         """The module's ``GenerativeModel`` around an averaged copy (the first, or the one of that name)."""
@@ -97,7 +109,7 @@ class EMA(pl.Callback):
         return {name: copy.module.state_dict() for name, copy in self.copies.items()}
 
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]
+        self, trainer: pl.Trainer, pl_module: GenerativeModule, checkpoint: Mapping[str, Any]
     ) -> None:
         stored = checkpoint.get("ema", {})
         missing = [name for name in self.names if name not in stored]
@@ -106,7 +118,6 @@ class EMA(pl.Callback):
         for name, copy in self.copies.items():
             copy.module.load_state_dict(stored[name])
             copy.n_averaged.fill_(1)  # the first update copies the weights instead of averaging
-        self._images_seen, self._step = checkpoint["images_seen"], checkpoint["global_step"]
 
 
 def _copy_buffers(net: nn.Module, copy: nn.Module) -> None:

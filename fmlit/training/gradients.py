@@ -8,6 +8,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from torch.optim import Optimizer
 
 from fmlit.core.errors import UserError
+from fmlit.core.internals import are_finite
 from fmlit.core.processes import ProcessGroup
 
 
@@ -44,7 +45,7 @@ class GradientGuard:
             clip_grads_with_norm_(parameters, clip_val, norm)
             finite = torch.isfinite(norm)
         else:
-            finite = _all_finite(gradients, self._bad_since.device)
+            finite = are_finite(gradients, self._bad_since.device)
             if clip_val:
                 clip_grad_value_(parameters, clip_val)
         if finite.device.type == "cpu" and finite:
@@ -87,10 +88,3 @@ class GradientGuard:
                 f"the loss is not finite on rank {', '.join(map(str, ranks))}: use trainer.precision bf16-mixed or "
                 f"32-true, lower model.optimizer.learning_rate, set trainer.gradient_clip_val, or look at the data"
             )
-
-
-def _all_finite(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """A bool on the device, by what gradient scalers do: a third of the time of a norm, and one kernel on a GPU."""
-    found, scale = torch.zeros(1, device=device), torch.ones(1, device=device)
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, scale)
-    return found[0] == 0

@@ -6,23 +6,22 @@ import uuid
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from fmlit.storage.run_folder import claim, newest, read_record, runs_named, write_record
+from fmlit.storage.run_folder import RunFolder
 from fmlit.training.rendezvous import agree, connect, find_meeting
 
 
 class Run(NamedTuple):
-    """A run folder, and whether this launch goes on with what is in there."""
+    """A run folder, and whether this launch continues what is in there."""
 
-    folder: Path
+    folder: RunFolder
     resumed: bool
 
 
 def begin(root: str | Path, name: str, resume: bool | Literal["auto"] = False) -> Run:
-    """The run folder of this launch, decided by rank 0 for all processes; all of them call it, first thing.
+    """Choose the run folder of this launch. Rank 0 decides for all processes, and each calls this before all else.
 
-    A requeued Slurm job and a torchrun restart come back to the folder that they had, as a resumed run. Otherwise
-    ``resume`` goes on with the newest run of that name ("auto": if there is one), and without it a new folder is
-    claimed.
+    A requeued Slurm job and a torchrun restart come back to their folder as a resumed run. Otherwise ``resume``
+    continues the newest run of that name ("auto": if there is one), and without it a new folder is claimed.
     """
 
     def decide() -> str:
@@ -30,37 +29,36 @@ def begin(root: str | Path, name: str, resume: bool | Literal["auto"] = False) -
         return json.dumps([str(folder), resumed])
 
     folder, resumed = json.loads(agree(decide))
-    return Run(Path(folder), resumed)
+    return Run(RunFolder(Path(folder)), resumed)
 
 
 def _choose(root: Path, name: str, resume: bool | Literal["auto"]) -> Run:
-    launch, restarted = _launch()
+    launch, restarted = _identify_launch()
     if restarted:
-        for folder in reversed(runs_named(root, name)):
-            if launch in read_record(folder).get("launches", []):
+        for folder in reversed(RunFolder.named(root, name)):
+            if launch in folder.read_record().get("launches", []):
                 return Run(folder, True)
     if resume == "auto":
-        resume = bool(runs_named(root, name))
-    folder = newest(root, name) if resume else claim(root, name)
+        resume = bool(RunFolder.named(root, name))
+    folder = RunFolder.newest(root, name) if resume else RunFolder.claim(root, name)
     if launch:
-        known = read_record(folder)
-        write_record(folder, known | {"launches": [*known.get("launches", []), launch]})
+        folder.add_launch(launch)
     return Run(folder, resume)
 
 
-def _launch() -> tuple[str | None, bool]:
+def _identify_launch() -> tuple[str | None, bool]:
     """What stays the same when a job is requeued or restarted, if anything does, and whether it has been."""
     counts = [os.environ.get(name) or "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")]
     restarted = any(int(count) > 0 for count in counts)
-    if job := os.environ.get("SLURM_JOB_ID"):  # of an array, each task has its own; a job may run several steps
+    if job := os.environ.get("SLURM_JOB_ID"):  # each task of an array has its own id; a job may run several steps
         return f"slurm {job}.{os.environ.get('SLURM_STEP_ID', 'batch')}", restarted
     meeting = find_meeting(alone=True)
     if meeting is not None and meeting.served:
-        # Not by its count of restarts, which stays the same where nodes come or go.
+        # The store knows, and not the count of restarts, which stays the same where nodes join or leave.
         name = f"fmlit/launch {uuid.uuid4().hex}"
         launch = connect(meeting, timeout_s=60).compare_set("fmlit/launch", "", name).decode()
         return launch, launch != name
     if run := os.environ.get("TORCHELASTIC_RUN_ID"):
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return f"torchrun {address if run == 'none' else run}", restarted  # "none" is what every launch gets
+        return f"torchrun {address if run == 'none' else run}", restarted  # every launch without an id gets "none"
     return None, False

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from fmlit.core.errors import UserError
 from fmlit.core.files import atomic_write
-from fmlit.storage.run_folder import wandb_id
+from fmlit.storage.run_folder import RunFolder
+from fmlit.training.lightning_internals import RelocatableWandbLogger
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,9 +41,9 @@ class MetricsFile(Logger):
         resumed_at: rows after this step are dropped from a file that is there already.
     """
 
-    def __init__(self, run_folder: str | Path, resumed_at: int = 0) -> None:
+    def __init__(self, run_folder: str | os.PathLike[str], resumed_at: int = 0) -> None:
         super().__init__()
-        self.run_folder, self.resumed_at = run_folder, resumed_at
+        self.run_folder, self.resumed_at = RunFolder(Path(run_folder)), resumed_at
         self._columns: list[str] = []
         self._last: dict[str, Any] = {}
         self._size = self._end = 0  # of the file, without its last row, and with it
@@ -51,11 +51,11 @@ class MetricsFile(Logger):
 
     @property
     def path(self) -> Path:
-        return Path(self.run_folder) / "metrics.csv"
+        return self.run_folder.metrics
 
     @property
     def name(self) -> str:
-        return Path(self.run_folder).name
+        return self.run_folder.path.name
 
     @property
     def version(self) -> str:
@@ -133,7 +133,7 @@ class MetricsFile(Logger):
         return lines.getvalue()
 
 
-class WandbLogger(LightningWandbLogger):
+class WandbLogger(RelocatableWandbLogger):
     """W&B with ``images_seen`` as x-axis, one run id per run folder, and no way to stop a training run.
 
     The id is kept in the run folder and reused on resume. Without an API key, or when W&B cannot be reached, the run is
@@ -165,28 +165,28 @@ class WandbLogger(LightningWandbLogger):
         self.project, self.entity, self.group, self.tags, self.offline = project, entity, group, tags, offline
         self._failed = False
 
-    def attach(self, run_folder: Path) -> None:
-        """Record under this run folder, as the W&B run whose id is kept there."""
-        self._save_dir, self._name = str(run_folder), run_folder.name
+    def attach(self, folder: str | os.PathLike[str]) -> None:
+        """Record in this folder, as the W&B run whose id is kept there."""
+        self.relocate(Path(folder))
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The W&B run; one that records nothing if W&B does not even start offline."""
-        if self._experiment is None:
-            self._experiment = self._start()
-            self._experiment.define_metric("images_seen")
-            self._experiment.define_metric("*", step_metric="images_seen")
-        return self._experiment
+        if self.started_run is None:
+            run = self.started_run = self._start()
+            run.define_metric("images_seen")
+            run.define_metric("*", step_metric="images_seen")
+        return self.started_run
 
     def _start(self) -> Any:
         os.environ.setdefault("WANDB__SERVICE_WAIT", "300")  # its service takes minutes to start on a busy file system
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # for a server that does not answer; 90 s by default
         import wandb
 
-        folder = Path(self._save_dir or ".")
-        arguments = {key: value for key, value in self._wandb_init.items() if key != "anonymous"}
-        arguments |= {"dir": str(folder), "name": folder.name, "id": wandb_id(folder)}
+        folder = Path(self.save_dir or ".")
+        arguments = {key: value for key, value in self.init_arguments.items() if key != "anonymous"}
+        arguments |= {"dir": str(folder), "name": folder.name, "id": RunFolder(folder).wandb_id()}
         reason = self._why_offline(wandb.setup().settings)
         if not reason:
             try:
@@ -242,8 +242,8 @@ class WandbLogger(LightningWandbLogger):
         """Upload what is left, and end the W&B run; without it, where its server does not answer."""
         seconds = PATIENCE["success" if status == "success" else "failed"]
 
-        if (run := self._experiment) is not None:
-            upload = f"wandb sync {self._save_dir or '.'}/wandb/run-* uploads what it has not got"
+        if (run := self.started_run) is not None:
+            upload = f"wandb sync {self.save_dir or '.'}/wandb/run-* uploads what it has not got"
             self._guard(lambda: _within(seconds, lambda: run.finish(exit_code=int(status != "success")), upload))
 
     def _guard(self, action: Callable[[], None]) -> None:

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fmlit.core import randomness
 from fmlit.core.errors import UserError
-from fmlit.data.data_module import DataModule
 from fmlit.flows.couplings import IndependentCoupling, transport_cost
 from fmlit.flows.loss_weights import LearnedLossWeight
 from fmlit.flows.losses import flow_matching_loss, score_matching_loss
@@ -27,9 +26,15 @@ from fmlit.models.compilation import CUDA_GRAPHS, Execution
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.descriptions import describe
 from fmlit.training.draws import GlobalBatch, TrainingDraws
-from fmlit.training.gradients import GradientGuard
+from fmlit.training.lightning_internals import attached_trainer, is_accumulating
 from fmlit.training.networks import NetworkFactory, build_network
-from fmlit.training.optimizers import AdamW, OptimizerConfig, match_state_strides, replace_saved_settings
+from fmlit.training.optimizers import (
+    AdamW,
+    OptimizerConfig,
+    match_state_strides,
+    replace_saved_settings,
+)
+from fmlit.training.run_context import RunContext
 from fmlit.training.schedules import LearningRateSchedule
 
 
@@ -81,7 +86,17 @@ class GenerativeModule(pl.LightningModule, ABC):
         self.seed = seed
         self.images_seen = 0
         self._ending = False
-        self.guard = GradientGuard()
+        self._run: RunContext | None = None
+
+    @property
+    def run(self) -> RunContext:
+        """What this module and the callbacks of its run share: one for each Trainer that it is attached to."""
+        if self._run is None or self._run.trainer is not attached_trainer(self):
+            self._run = RunContext(self)
+        return self._run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_run": None}  # Lightning leaves the trainer out, too
 
     @abstractmethod
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -103,13 +118,12 @@ class GenerativeModule(pl.LightningModule, ABC):
         self.execution.compile_net(self.model.net)
 
     def on_train_start(self) -> None:
-        self.guard.to(self.device)
-        self.guard.scaled = self._scaled
+        self.run.guard.to(self.device)
+        self.run.guard.scaled = self._scaled
         for optimizer in self.trainer.optimizers:
             match_state_strides(optimizer)
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.trainer.world_size > 1 and isinstance(data, DataModule):
-            share, coupling = data.rank_slice().size, self.draws.coupling
+        if self.trainer.world_size > 1 and self.run.data is not None:
+            share, coupling = self.run.data.rank_slice().size, self.draws.coupling
             if not coupling.keeps_pairs(share):
                 rank_zero_warn(
                     f"model.draws.coupling: {coupling} pairs other points on {self.trainer.world_size} processes, each "
@@ -123,7 +137,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         dropout = randomness.key(self.seed, self.images_seen, "dropout", self.global_rank)
         randomness.seed_layers(dropout, self.device)
         losses = self.loss(z, eps, t, labels)
-        self.guard.note(losses.detach())
+        self.run.guard.note(losses.detach())
         self.images_seen += len(z) * self.trainer.world_size
         weighed = losses if self.loss_weight is None else self.loss_weight.weigh(losses, self.model.path, t)
         outputs = {"loss": weighed.mean(), "losses": losses.detach(), "times": t}
@@ -134,7 +148,7 @@ class GenerativeModule(pl.LightningModule, ABC):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """An early end waits for the step whose gradient is being summed, or its images would be seen for nothing."""
-        if self.trainer.fit_loop._should_accumulate():
+        if is_accumulating(self.trainer):
             self._ending |= self.trainer.should_stop
             self.trainer.should_stop = False
         elif self._ending:
@@ -174,7 +188,7 @@ class GenerativeModule(pl.LightningModule, ABC):
     @property
     def _scaled(self) -> bool:
         """Whether gradients are scaled, as float16 needs; the scaler then skips steps that are not finite."""
-        plugin = getattr(self._trainer, "precision_plugin", None)  # there may be no trainer yet
+        plugin = getattr(attached_trainer(self), "precision_plugin", None)  # there may be no trainer yet
         return getattr(plugin, "scaler", None) is not None
 
     def configure_gradient_clipping(
@@ -190,18 +204,18 @@ class GenerativeModule(pl.LightningModule, ABC):
         if self._scaled:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        self.guard.admit(optimizer, self.images_seen, gradient_clip_val, gradient_clip_algorithm)
+        self.run.guard.admit(optimizer, self.images_seen, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_seen"] = self.images_seen
         checkpoint["model_description"] = describe(self.model)
         checkpoint["optimizer"] = self.optimizer.kind
-        if isinstance(self.trainer.datamodule, DataModule):  # type: ignore[attr-defined]
-            checkpoint["data_description"] = describe(self.trainer.datamodule)  # type: ignore[attr-defined]
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            # Not the callback's own hook: Lightning leaves that out of checkpoints with save_weights_only.
-            if hasattr(callback, "averaged_weights"):
-                checkpoint["ema"] = callback.averaged_weights()
+        if self.run.data is not None:
+            checkpoint["data_description"] = describe(self.run.data)
+        if (averages := self.run.averages) is not None:
+            # Not in the hook of that callback, which Lightning leaves out of checkpoints with save_weights_only.
+            averages.update(self, self.global_step)
+            checkpoint["ema"] = averages.averaged_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["images_seen"]

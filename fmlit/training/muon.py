@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from fmlit.core.errors import UserError
+from fmlit.core.internals import copy_all
 
 MIN_CHANNELS = 16  # pictures have fewer, so that the first and the last layer of a U-Net are not hidden
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # x -> a x + b x^3 + c x^5, the steepest at 0 (Jordan 2024)
@@ -116,8 +117,8 @@ class MuonAdamW(Optimizer):
         if skip is not None:
             moved = torch.where(skip, weight, moved)
         # Into the old tensors: they keep their strides, so that channels_last stays channels_last.
-        torch._foreach_copy_(momenta, [new.view_as(old) for new, old in zip(momentum, momenta, strict=True)])
-        torch._foreach_copy_(parameters, [new.view_as(old) for new, old in zip(moved, parameters, strict=True)])
+        copy_all(momenta, [new.view_as(old) for new, old in zip(momentum, momenta, strict=True)])
+        copy_all(parameters, [new.view_as(old) for new, old in zip(moved, parameters, strict=True)])
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

@@ -3,7 +3,6 @@
 import inspect
 import pydoc
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmlit.core.errors import UserError
@@ -11,6 +10,7 @@ from fmlit.storage.checkpoints import load as load_checkpoint
 from fmlit.storage.checkpoints import newest_valid
 from fmlit.storage.descriptions import describe
 from fmlit.storage.loading import find_model, load
+from fmlit.storage.run_folder import RunFolder
 from fmlit.training.modules import GenerativeModule
 
 MOST_DIFFERENCES = 3
@@ -28,7 +28,7 @@ class Start(NamedTuple):
     weights: str | None = None
 
 
-def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
+def find_start(folder: RunFolder, module: GenerativeModule, required: bool) -> Start:
     """The newest checkpoint of a run folder, once it verifies and fits the module. For rank 0.
 
     Args:
@@ -39,10 +39,9 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
     Raises:
         UserError: there is none, or it is of another model; the message names the keys that differ.
     """
-    checkpoints = folder / "checkpoints"
-    if not required and not any(checkpoints.glob("*.ckpt")):
+    if not required and not folder.has_checkpoints():
         return Start()
-    path = newest_valid(checkpoints)
+    path = newest_valid(folder.checkpoints)
     checkpoint = load_checkpoint(path)
     differences = list(
         _differences(_lasting(checkpoint.get("model_description")), _lasting(describe(module.model)), "model")
@@ -52,7 +51,7 @@ def find_start(folder: Path, module: GenerativeModule, required: bool) -> Start:
     if differences:
         raise UserError(
             f"{_listed(differences)}: {path} holds another model; resume with the configuration in "
-            f"{folder / 'config.yaml'}, or start a new run without --resume"
+            f"{folder.config}, or start a new run without --resume"
         )
     return Start(str(path), int(checkpoint["global_step"]), int(checkpoint["images_seen"]))
 

@@ -1,26 +1,24 @@
-"""What Lightning is asked for beyond the user's settings: for each kind of launch, checked before it, and for speed."""
+"""Trainer settings beyond the user's own: what fits the launch, what is faster, and what is refused."""
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from fmlit.core.errors import UserError
+from fmlit.training.lightning_internals import trains_in_copies
 
-NOTHING = nullcontext()
-COLLECTIVES = timedelta(minutes=10)  # a rank that has not answered by then is lost; Lightning waits for 30
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that has not answered by then is lost; Lightning waits for 30
 
 
-def launched_processes(given: Mapping[str, Any]) -> dict[str, int]:
-    """``devices`` and ``num_nodes`` of a Trainer as torchrun or srun has started processes, unless they are given.
+def match_launcher(given: Mapping[str, Any]) -> dict[str, int]:
+    """``devices`` and ``num_nodes`` that match the processes of torchrun or srun, unless the user has given them.
 
     Lightning takes all GPUs of one node, or one CPU, and stops where that is something else. Under an elastic torchrun
     the numbers change from one attempt to the next.
@@ -65,25 +63,30 @@ def cluster_plugins(given: Sequence[Any]) -> list[ClusterEnvironment]:
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() and not chosen else []
 
 
-def better_strategy(given: Any, trainer: pl.Trainer) -> DDPStrategy | None:
-    """What to train with in place of Lightning's choice; None where that is as good, or was made by the user.
+@contextmanager
+def static_graph_ddp() -> Iterator[None]:
+    """Let a Trainer that is built in the block train faster where it chooses ``ddp``, or is asked to.
 
-    Every step runs the same network, so that its graph is static, and gradients need no copy of their own.
+    Every step runs the same network. So its graph is static, and gradients need no copy of their own.
     """
-    if given not in ("auto", "ddp") or not isinstance(trainer.strategy, DDPStrategy):
-        return None
-    return DDPStrategy(static_graph=True, gradient_as_bucket_view=True, timeout=COLLECTIVES)
+    registered = StrategyRegistry["ddp"]
+    settings: dict[str, Any] = {"static_graph": True, "gradient_as_bucket_view": True, "timeout": COLLECTIVE_TIMEOUT}
+    StrategyRegistry.register("ddp", DDPStrategy, override=True, **registered["init_params"], **settings)
+    try:
+        yield
+    finally:
+        StrategyRegistry["ddp"] = registered
 
 
-def best_precision(accelerator: Any) -> str:
-    """bf16-mixed on GPUs that compute in bfloat16 (float32 weights, optimiser and averages), float32 elsewhere."""
+def default_precision(accelerator: Any) -> str:
+    """bf16-mixed on GPUs that compute in bfloat16 (float32 weights, optimizer and averages), float32 elsewhere."""
     gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "bf16-mixed" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def check_launcher(trainer: pl.Trainer) -> None:
     """Raise a UserError for a strategy that trains in copies of this process, which would never hear of the run."""
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if trains_in_copies(trainer):
         raise UserError("strategy ddp_spawn, ddp_fork and ddp_notebook train in copies of this process: use ddp")
 
 
@@ -97,17 +100,3 @@ def check_trainer(given: Mapping[str, Any]) -> None:
         raise UserError(f"trainer.gradient_clip_val: not negative, got {given['gradient_clip_val']}")
     if given["precision"] in ("16-true", "bf16-true"):  # a step is often less than a weight's last digit
         raise UserError(f"trainer.precision: {given['precision']} keeps the weights in half precision: use bf16-mixed")
-
-
-class _NoProfiler(PassThroughProfiler):
-    """Makes nothing of an action, where Lightning's makes a generator: a tenth of a millisecond over a step's hooks."""
-
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # it is used so
-        return NOTHING
-
-
-def unprofiled(trainer: pl.Trainer) -> pl.Trainer:
-    """The trainer, with its stand-in for a profiler, where that is all it has, replaced by a faster one."""
-    if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
-        trainer.profiler = _NoProfiler()  # type: ignore[attr-defined]
-    return trainer

@@ -12,12 +12,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from fmlit.cli import parsing
 from fmlit.cli import train as command
 from fmlit.sampling.samplers import ODESampler
 from fmlit.storage.checkpoints import load
-from fmlit.training.trainer_settings import best_precision, unprofiled
+from fmlit.training.trainer_settings import default_precision, static_graph_ddp
 from tests.helpers.tiny_cli import CONFIGS, metrics_of, recipe, runs_in, train
 
 SCRIPT = CONFIGS.parent / "scripts" / "train.py"
@@ -175,6 +176,60 @@ def test_the_length_of_a_run_is_in_images(tmp_path: Path) -> None:
     assert train(tmp_path, "--trainer.max_steps=3").summary["images_seen"] == 48
 
 
+def test_the_folder_of_all_runs_is_expanded_once_for_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a recipe, too. Lightning, which expands ~ itself, and the rest of a run write to one folder."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "tilde.yaml"
+    config.write_text(f"{recipe(tmp_path).read_text()}\nruns: ~/mine\n")
+    summary = train(tmp_path, "--config", str(config)).summary
+    run = tmp_path / "home" / "mine" / "tilde"
+    assert summary["run"] == str(run)
+    assert summary["checkpoint"] == str(run / "checkpoints" / "000000320.ckpt")
+    assert len(metrics_of(run)) == 4
+    assert "resumed after 20 steps" in train(tmp_path, "--runs=$HOME/mine", "--name=tilde", "--resume").out
+    assert not runs_in(tmp_path)
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/runs", "gs://bucket", "$NO_SUCH_VARIABLE/runs"])
+def test_a_folder_of_runs_that_is_none_is_refused_and_leaves_nothing(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path, f"--runs={root}").error.startswith("runs: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_the_trainer_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, build = [], command.LightningCLI.instantiate_trainer
+
+    def count(self: command.LightningCLI, **settings: Any) -> pl.Trainer:
+        built.append(build(self, **settings))
+        return built[-1]
+
+    monkeypatch.setattr(command.LightningCLI, "instantiate_trainer", count)
+    assert train(tmp_path, "--images=16").code == 0
+    assert len(built) == 1
+
+
+def test_ddp_gets_a_static_graph_and_the_choice_of_the_user_stays() -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 2, "logger": False, "enable_progress_bar": False}
+    registered = StrategyRegistry["ddp"]
+    for given, static in {"auto": True, "ddp": True, "ddp_find_unused_parameters_true": False}.items():
+        with static_graph_ddp():
+            strategy: Any = pl.Trainer(**options, strategy=given).strategy
+        assert isinstance(strategy, DDPStrategy)
+        assert strategy._ddp_kwargs.get("static_graph", False) == static
+        assert strategy._ddp_kwargs.get("gradient_as_bucket_view", False) == static
+        assert (strategy._timeout.total_seconds() == 600) == static
+    assert StrategyRegistry["ddp"] is registered
+    assert not pl.Trainer(**options, strategy="ddp").strategy._ddp_kwargs  # type: ignore[attr-defined]
+
+
 def test_an_occupied_name_gets_a_number(tmp_path: Path) -> None:
     for _ in range(3):
         assert train(tmp_path, "--trainer.max_steps=1").code == 0
@@ -303,8 +358,8 @@ def test_numbers_that_are_not_finite_are_null_in_json(tmp_path: Path, monkeypatc
     def strict(text: str) -> Any:
         raise AssertionError(f"{text} is no JSON")
 
-    def log(self: command.TrainingLog, *_: object) -> None:
-        self.latest = {"loss": float("nan"), "images_per_second": 1.0}
+    def log(self: command.TrainingLog, trainer: pl.Trainer, module: command.GenerativeModule) -> None:
+        module.run.latest = {"loss": float("nan"), "images_per_second": 1.0}
 
     monkeypatch.setattr(command.TrainingLog, "_log", log)
     line = train(tmp_path).out.splitlines()[-1]
@@ -317,18 +372,15 @@ def test_the_progress_bar_can_be_left_out(tmp_path: Path) -> None:
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert best_precision("cpu") == "32-true"
+    assert default_precision("cpu") == "32-true"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capable, precision in ((True, "bf16-mixed"), (False, "32-true")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, capable=capable: capable)
-        assert best_precision("auto") == precision
-        assert best_precision("cpu") == "32-true"
+        assert default_precision("auto") == precision
+        assert default_precision("cpu") == "32-true"
 
 
 def test_the_profiler_that_was_asked_for_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for given, used in ((None, "_NoProfiler"), ("simple", "SimpleProfiler")):
-        trainer = unprofiled(pl.Trainer(profiler=given, logger=False, accelerator="cpu", default_root_dir=tmp_path))
-        assert type(trainer.profiler).__name__ == used
     logger = logging.getLogger("lightning.pytorch.profilers")
     logger.addHandler(caplog.handler)
     assert train(tmp_path, "--trainer.profiler=simple", "--trainer.max_steps=2").code == 0

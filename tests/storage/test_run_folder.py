@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from fmlit.core.errors import FileError
-from fmlit.storage.run_folder import claim, newest, wandb_id
+from fmlit.core.errors import FileError, UserError
+from fmlit.storage.run_folder import RunFolder, expand_root
 from fmlit.training import rendezvous
 from fmlit.training.launch import begin
 from fmlit.training.rendezvous import agree
@@ -70,42 +70,44 @@ def results(processes, out):
 
 
 def test_occupied_names_are_numbered(tmp_path):
-    folders = [claim(tmp_path / "runs", "quickstart") for _ in range(3)]
-    assert [folder.name for folder in folders] == ["quickstart", "quickstart-002", "quickstart-003"]
-    assert newest(tmp_path / "runs", "quickstart") == folders[2]
-    folders[0].joinpath("run.json").unlink()
-    folders[0].rmdir()
-    assert claim(tmp_path / "runs", "quickstart").name == "quickstart-004"  # the highest number is always the newest
+    folders = [RunFolder.claim(tmp_path / "runs", "quickstart") for _ in range(3)]
+    assert [folder.path.name for folder in folders] == ["quickstart", "quickstart-002", "quickstart-003"]
+    assert RunFolder.newest(tmp_path / "runs", "quickstart") == folders[2]
+    folders[0].record_file.unlink()
+    folders[0].path.rmdir()
+    # The highest number is always the newest.
+    assert RunFolder.claim(tmp_path / "runs", "quickstart").path.name == "quickstart-004"
 
 
 def test_name_that_looks_like_a_number_is_another_run(tmp_path):
-    assert claim(tmp_path, "imagenet").name == "imagenet"
-    assert claim(tmp_path, "imagenet-256").name == "imagenet-256"
-    assert newest(tmp_path, "imagenet").name == "imagenet"
-    assert claim(tmp_path, "imagenet").name == "imagenet-002"
-    assert newest(tmp_path, "imagenet-002").name == "imagenet-002"  # a run of its own can be named by its folder
-    assert claim(tmp_path, "imagenet-256").name == "imagenet-256-002"
+    assert RunFolder.claim(tmp_path, "imagenet").path.name == "imagenet"
+    assert RunFolder.claim(tmp_path, "imagenet-256").path.name == "imagenet-256"
+    assert RunFolder.newest(tmp_path, "imagenet").path.name == "imagenet"
+    assert RunFolder.claim(tmp_path, "imagenet").path.name == "imagenet-002"
+    # A run can be named by its folder.
+    assert RunFolder.newest(tmp_path, "imagenet-002").path.name == "imagenet-002"
+    assert RunFolder.claim(tmp_path, "imagenet-256").path.name == "imagenet-256-002"
 
 
 def test_nothing_of_an_occupied_folder_is_touched(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "run.json").write_text("precious")
     (tmp_path / "file").write_text("")
-    assert claim(tmp_path, "mine").name == "mine-002"
-    assert claim(tmp_path, "file").name == "file-002"
+    assert RunFolder.claim(tmp_path, "mine").path.name == "mine-002"
+    assert RunFolder.claim(tmp_path, "file").path.name == "file-002"
     assert (tmp_path / "mine" / "run.json").read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "/a", "a\\b", "a\nb", "a\0"])
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "~", "~root", "a/b", "/a", "a\\b", "a\nb", "a\0"])
 def test_name_must_be_a_folder_name(tmp_path, name):
     with pytest.raises(ValueError, match="plain folder name"):
-        claim(tmp_path, name)
+        RunFolder.claim(tmp_path, name)
 
 
 def test_no_run_to_resume(tmp_path):
     for root in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=f"no run named 'mnist' in {root}"):
-            newest(root, "mnist")
+            RunFolder.newest(root, "mnist")
     with pytest.raises(ValueError, match="without --resume"):
         begin(tmp_path, "mnist", resume=True)
     assert list(tmp_path.iterdir()) == []
@@ -114,7 +116,7 @@ def test_no_run_to_resume(tmp_path):
 def test_root_that_cannot_be_written(tmp_path, out):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=f"cannot create a run folder in {tmp_path / 'file'}"):
-        claim(tmp_path / "file", "mnist")
+        RunFolder.claim(tmp_path / "file", "mnist")
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
 
@@ -123,7 +125,7 @@ def test_root_that_cannot_be_written(tmp_path, out):
             os.setegid(65534)
             os.seteuid(65534)
         try:
-            return claim(folder, "mnist")
+            return RunFolder.claim(folder, "mnist")
         finally:
             os.seteuid(os.getuid())
 
@@ -137,7 +139,7 @@ def test_full_disk_leaves_no_folder(tmp_path, out):
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
         try:
-            return claim(tmp_path / "runs", "mnist")
+            return RunFolder.claim(tmp_path / "runs", "mnist")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
@@ -151,7 +153,7 @@ def test_racing_jobs_never_share_a_folder(tmp_path, out):
 
     def race():
         time.sleep(max(0.0, at - time.time()))
-        return [claim(tmp_path / "runs", "race").name for _ in range(20)]
+        return [RunFolder.claim(tmp_path / "runs", "race").path.name for _ in range(20)]
 
     claimed = results([start(race, out) for _ in range(4)], out)
     names = [name for line in claimed for name in json.loads(line.replace("'", '"'))]
@@ -160,19 +162,77 @@ def test_racing_jobs_never_share_a_folder(tmp_path, out):
 
 
 def test_wandb_id_is_made_once(tmp_path):
-    first, second = claim(tmp_path, "a"), claim(tmp_path, "a")
-    assert wandb_id(first) == wandb_id(first)
-    assert wandb_id(first) != wandb_id(second)
-    assert json.loads((first / "run.json").read_text()) == {"name": "a", "wandb_id": wandb_id(first)}
-    assert newest(tmp_path, "a") == second
+    first, second = RunFolder.claim(tmp_path, "a"), RunFolder.claim(tmp_path, "a")
+    assert first.wandb_id() == first.wandb_id()
+    assert first.wandb_id() != second.wandb_id()
+    assert json.loads((first.path / "run.json").read_text()) == {"name": "a", "wandb_id": first.wandb_id()}
+    assert RunFolder.newest(tmp_path, "a") == second
 
 
 def test_damaged_run_file_is_named(tmp_path):
-    folder = claim(tmp_path, "a")
+    folder = RunFolder.claim(tmp_path, "a")
     for content in ("", "[1]", "{"):
-        (folder / "run.json").write_text(content)
+        (folder.path / "run.json").write_text(content)
         with pytest.raises(ValueError, match=r"run\.json is damaged"):
-            wandb_id(folder)
+            folder.wandb_id()
+
+
+def test_every_path_of_a_run_lies_in_its_folder(tmp_path):
+    run = RunFolder(tmp_path / "a")
+    paths = {
+        "config.yaml": run.config,
+        "metrics.csv": run.metrics,
+        "run.json": run.record_file,
+        "samples": run.samples,
+        "samples/000000320.png": run.sample_grid(320),
+        "evaluation": run.evaluation,
+        "export": run.export,
+        "checkpoints": run.checkpoints,
+        "checkpoints/last.ckpt": run.last,
+        "checkpoints/best.ckpt": run.best,
+        "checkpoints/000000320.ckpt": run.checkpoint(320),
+        "checkpoints/milestone-1000000012.ckpt": run.milestone(1_000_000_012),
+    }
+    assert {name: tmp_path / "a" / name for name in paths} == paths
+    assert Path(run) == tmp_path / "a"
+    assert f"{run}" == str(tmp_path / "a")
+
+
+def test_a_checkpoint_knows_its_run(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "a")
+    assert RunFolder.of_checkpoint(run.last) == RunFolder.of_checkpoint(run.milestone(12)) == run
+    assert RunFolder.of_checkpoint(tmp_path / "given" / "model.ckpt") == RunFolder(tmp_path / "given")
+    run.checkpoints.mkdir(parents=True)
+    monkeypatch.chdir(run.checkpoints)
+    assert RunFolder.of_checkpoint(Path("last.ckpt")).evaluation.resolve() == run.evaluation.resolve()
+
+
+def test_saved_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    run = RunFolder(tmp_path)
+    assert not run.has_checkpoints()
+    run.checkpoints.mkdir()
+    for path in (run.checkpoint(1_000_000_012), run.checkpoint(999_999_999), run.milestone(12), run.best, run.last):
+        path.touch()
+    assert run.saved_images() == [999_999_999, 1_000_000_012]
+    assert run.has_checkpoints()
+
+
+def test_a_root_means_what_a_shell_means_by_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert expand_root("runs") == Path("runs")
+    assert expand_root("~/runs") == expand_root("$HOME/runs") == tmp_path / "runs"
+    assert expand_root("${SCRATCH}/runs") == Path("/scratch/me/runs")
+    assert expand_root("./~/runs") == tmp_path / "~" / "runs"  # a folder of that name, which Lightning must not expand
+    for root, message in {
+        "$NOWHERE/runs": r"runs: \$NOWHERE in \$NOWHERE/runs is unknown",
+        "~nobody-of-that-name/runs": "runs: ~nobody-of-that-name in ~nobody-of-that-name/runs is unknown",
+        "s3://bucket/runs": "runs: s3://bucket/runs is a URL, and runs need a local folder",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            expand_root(root)
 
 
 # --- coming back
@@ -187,9 +247,9 @@ def launched(monkeypatch, **env):
 
 
 def test_plain_launches_get_new_folders_or_resume(tmp_path):
-    assert begin(tmp_path, "a") == (tmp_path / "a", False)
-    assert begin(tmp_path, "a") == (tmp_path / "a-002", False)
-    assert begin(str(tmp_path), "a", resume=True) == (tmp_path / "a-002", True)
+    assert begin(tmp_path, "a") == (RunFolder(tmp_path / "a"), False)
+    assert begin(tmp_path, "a") == (RunFolder(tmp_path / "a-002"), False)
+    assert begin(str(tmp_path), "a", resume=True) == (RunFolder(tmp_path / "a-002"), True)
 
 
 def test_requeued_job_comes_back_to_its_folder(tmp_path, monkeypatch):
@@ -197,7 +257,7 @@ def test_requeued_job_comes_back_to_its_folder(tmp_path, monkeypatch):
         restarted = {"SLURM_RESTART_COUNT": restart} if restart else {}
         launched(monkeypatch, SLURM_JOB_ID=job_id, **restarted, **env)
         folder, resumed = begin(tmp_path, "a", resume)
-        return folder.name, resumed
+        return folder.path.name, resumed
 
     assert job(7, SLURM_STEP_ID=0) == ("a", False)
     assert job(8, SLURM_STEP_ID=0, SLURM_ARRAY_JOB_ID=7, SLURM_ARRAY_TASK_ID=1) == ("a-002", False)
@@ -222,7 +282,7 @@ def test_torchrun_restart_comes_back_to_its_folder(tmp_path, monkeypatch):
             MASTER_PORT=port,
         )
         folder, resumed = begin(tmp_path, "a")
-        return folder.name, resumed
+        return folder.path.name, resumed
 
     assert attempt("x", 0) == ("a", False)
     assert attempt("none", 0, 29501) == ("a-002", False)
@@ -271,7 +331,7 @@ def test_slurm_tasks_agree_and_the_process_group_still_starts(tmp_path, out):
     port = find_free_network_port()
 
     def task():
-        folder = begin(tmp_path, "a").folder.name
+        folder = begin(tmp_path, "a").folder.path.name
         again = agree(lambda: str(os.getpid()))
         rank = int(os.environ["SLURM_PROCID"])
         dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))

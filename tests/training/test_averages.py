@@ -5,6 +5,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 import fmlit
@@ -12,9 +13,9 @@ from fmlit.metrics import NetworkFeatures
 from fmlit.models.mlp import MLP
 from fmlit.sampling.samplers import ODESampler
 from fmlit.storage.checkpoints import load
+from fmlit.storage.run_folder import RunFolder
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, QualityCurve, SampleGrid
-from fmlit.training.callbacks.intervals import sampled_model
 from tests.helpers.small_runs import digits_module, fit, same, tiny_unet, weights
 
 SLOW = 10**9  # a half-life that only the ramp keeps from holding on to the beginning
@@ -41,7 +42,7 @@ class Seen(pl.Callback):
 
     def look(self, trainer, module, *_):
         self.raw.append(weights(module))
-        self.sampled.append({k: v.clone() for k, v in sampled_model(trainer, module).net.state_dict().items()})
+        self.sampled.append({k: v.clone() for k, v in module.run.sampled_model().net.state_dict().items()})
 
     on_train_start = on_train_batch_start = on_train_batch_end = on_train_epoch_end = on_train_end = look
     on_before_optimizer_step = on_before_zero_grad = look
@@ -178,11 +179,36 @@ def test_bug_3_every_hook_sees_trained_weights_and_samples_averaged_ones(tmp_pat
     assert different(average, weights(module))
 
 
-def test_bug_3_an_order_in_which_samples_would_lag_behind_is_refused(tmp_path):
-    for callback in (SampleGrid(12), Checkpoint(12), QualityCurve(12)):
-        with pytest.raises(ValueError, match=f"list the EMA callback before {type(callback).__name__}"):
-            fit(digits_module(), tmp_path, 1, callback, EMA())
-    assert not (tmp_path / "checkpoints").exists()
+def test_bug_3_samples_and_checkpoints_do_not_lag_behind_in_any_order(tmp_path):
+    """Whoever comes first brings the average up to date, and once."""
+    grid = SampleGrid(12, ODESampler("euler", 2), columns=1)
+    for folder in ("first", "last"):
+        ema = EMA([100])
+        callbacks = [Checkpoint(12, keep=9), Seen(), grid]
+        callbacks.insert(0 if folder == "first" else 3, ema)
+        fit(digits_module(), tmp_path / folder, 6, *callbacks)
+    for images in range(12, 84, 12):
+        pictures = [RunFolder(tmp_path / folder).sample_grid(images).read_bytes() for folder in ("first", "last")]
+        assert pictures[0] == pictures[1]
+        (raw, average), others = (saved(RunFolder(tmp_path / f).checkpoint(images)) for f in ("first", "last"))
+        assert same(raw, others[0])
+        assert same(average, others[1])
+    assert same(average, ema.averaged_weights()["ema_100"])
+
+
+def test_an_average_of_another_run_is_not_sampled_from(tmp_path):
+    module, ema = digits_module(), EMA([100])
+    fit(module, tmp_path, 2, ema)
+    assert module.run.sampled_model().net is ema.copies["ema_100"].module
+    fit(module, tmp_path, 2)
+    assert module.run.averages is None
+    assert module.run.sampled_model() is module.model
+
+
+def test_a_module_of_another_program_is_refused_by_name(tmp_path):
+    for callback in (EMA(), SampleGrid(12), Checkpoint(12), QualityCurve(12)):
+        with pytest.raises(ValueError, match=f"{type(callback).__name__} needs a module of fmlit, .* got BoringModel"):
+            callback.setup(pl.Trainer(accelerator="cpu", default_root_dir=tmp_path), BoringModel(), "fit")
 
 
 def test_bug_4_there_is_no_delayed_start_at_which_the_initial_weights_are_scored(tmp_path):

@@ -180,8 +180,8 @@ def test_a_model_that_has_come_apart_is_not_kept(tmp_path):
     module = digits_module()
 
     def spoil(trainer):
-        module.guard.note(torch.tensor([torch.nan]))
-        module.guard._bad_since.fill_(24)
+        module.run.guard.note(torch.tensor([torch.nan]))
+        module.run.guard._bad_since.fill_(24)
 
     with pytest.raises(UserError, match="the gradient is not finite after 24 images"):
         fit(module, tmp_path, 4, At(24, spoil), Checkpoint(None, milestones=[24]))
@@ -190,15 +190,14 @@ def test_a_model_that_has_come_apart_is_not_kept(tmp_path):
 
 def test_their_time_is_counted(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
-    for module in ("intervals", "checkpoint"):
-        monkeypatch.setattr(f"fmlit.training.callbacks.{module}.time", clock)
+    monkeypatch.setattr("fmlit.training.callbacks.intervals.time", clock)
 
     def slow(trainer, path):
         clock.now += 100
         return ""
 
     monkeypatch.setattr("fmlit.training.callbacks.checkpoint.save", slow)
-    monkeypatch.setattr("fmlit.training.callbacks.checkpoint._point", lambda link, target: None)
+    monkeypatch.setattr("fmlit.training.callbacks.checkpoint.link", lambda name, target: None)
     callback = Checkpoint(24, milestones=[12, 24, 36])
     fit(digits_module(), tmp_path, 4, callback)
     assert callback.seconds == 500  # three milestones, and two of the interval

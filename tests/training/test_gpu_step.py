@@ -110,7 +110,7 @@ def test_a_training_step_stays_on_the_device_and_never_waits_for_it(make, clip, 
         for net in (module, *(copy.module for copy in ema.copies.values())):
             move(net)
         module._device = GPU
-        module.guard.to(GPU)
+        module.run.guard.to(GPU)
         data = Digits()
         data._resident = ResidentDataset(data.dataset("train"), GPU)
         rows = {"rows": torch.zeros(6, dtype=torch.int64, device=GPU), "flips": torch.zeros(6, device=GPU).bool()}

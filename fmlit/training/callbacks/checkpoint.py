@@ -1,9 +1,8 @@
-"""Checkpoints every so many images: the newest few, those to keep, and ``last.ckpt``, which points at the newest."""
+"""Checkpoints every so many images: the newest few, milestones to keep, and a link to the newest of all."""
 
 import itertools
 import logging
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,8 +11,8 @@ import lightning.pytorch as pl
 
 from fmlit.core.errors import FileError, UserError
 from fmlit.core.processes import ProcessGroup
-from fmlit.data.data_module import DataModule
 from fmlit.storage.descriptions import describe
+from fmlit.storage.run_folder import RunFolder
 from fmlit.training.callbacks.intervals import EveryImages
 from fmlit.training.modules import GenerativeModule
 
@@ -23,21 +22,21 @@ OnError = Literal["abort", "continue"]
 
 
 class Checkpoint(EveryImages):
-    """Saves ``<run>/checkpoints/<images seen>.ckpt`` and at the end of training; keeps the newest ``keep``.
+    """Save a checkpoint every so many images and at the end of training, and keep the newest ``keep``.
 
-    Lightning's ModelCheckpoint counts in steps, and keeps either the newest or the best. Older checkpoints are removed
-    only once a newer one is complete, so that a run killed at any moment has one to go on from. The best by a metric is
-    kept by ``QualityCurve``, as ``best.ckpt``.
+    Lightning's ModelCheckpoint counts in steps, and keeps either the newest or the best. Here an older checkpoint is
+    removed only once a newer one is complete, so that a run killed at any moment has one to continue from. The best by
+    a metric is saved by ``QualityCurve``.
 
-    A milestone is saved as ``milestone-<images seen>.ckpt`` after the first optimiser step at which so many images have
-    been seen, and never removed: the weaker model of autoguidance, a point to compare at, a start for other runs. It is
-    a checkpoint like any other, from which the run may go on.
+    A milestone is saved after the first optimizer step at which so many images have been seen, and never removed. It
+    can be the weaker model of autoguidance, a point of comparison, or the start of other runs. The run can continue
+    from it as from any other checkpoint.
 
     Args:
         every: interval in training images; null for never.
         keep: number of checkpoints to keep.
-        on_error: what a full disk or a lost mount means: "abort" the run, or warn and "continue" until the next is due,
-            which risks all that is learnt in between.
+        on_error: what to do about a full disk or a lost mount: "abort" the run, or warn and "continue" until the next
+            checkpoint is due, which risks all that is learned in between.
         milestones: numbers of training images, increasing, at which a checkpoint is kept for good.
     """
 
@@ -62,24 +61,27 @@ class Checkpoint(EveryImages):
         self.newest: Path | None = None
         self._looked_at: int | None = None  # images seen when milestones were last looked for
 
-    def now(self, trainer: pl.Trainer, module: GenerativeModule) -> Path | None:
-        """Save outside of the interval, unless that was just done; returns the newest checkpoint."""
+    def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        pl_module.run.checkpoints = self
+
+    def save_now(self, trainer: pl.Trainer, module: GenerativeModule) -> Path | None:
+        """Save outside of the interval, unless that was just done. Returns the newest checkpoint."""
         if self._acted_at != module.images_seen or self.newest is None:
-            self._timed_act(trainer, module)
+            self._act_now(trainer, module)
         return self.newest
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
-        path = _folder(trainer) / _name(module.images_seen)
-        if self._save(trainer, path) and trainer.is_global_zero:
-            # As numbers: names grow longer at 10^9 images.
-            seen = sorted(int(file.stem) for file in path.parent.glob("*.ckpt") if file.stem.isdigit())
-            past = [images for images in seen if images <= module.images_seen]
-            for images in seen:  # those ahead were left by a run that was resumed from before them
+        folder = module.run.folder
+        if self._save(trainer, folder, folder.checkpoint(module.images_seen)) and trainer.is_global_zero:
+            saved = folder.saved_images()
+            past = [images for images in saved if images <= module.images_seen]
+            for images in saved:  # those ahead were left by a run that was resumed from before them
                 if images not in past[-self.keep :]:
-                    trainer.strategy.remove_checkpoint(path.parent / _name(images))
+                    trainer.strategy.remove_checkpoint(folder.checkpoint(images))
 
-    def _save(self, trainer: pl.Trainer, path: Path) -> bool:
-        """Save the newest checkpoint; returns whether that went well, and raises a FileError if it must."""
+    def _save(self, trainer: pl.Trainer, folder: RunFolder, path: Path) -> bool:
+        """Save the newest checkpoint. Returns whether that worked, and raises a FileError if the run must end."""
         if problem := save(trainer, path):
             if self.on_error == "abort":
                 raise FileError(problem)
@@ -88,34 +90,30 @@ class Checkpoint(EveryImages):
             return False
         self.newest = path
         if trainer.is_global_zero:
-            _point(path.with_name("last.ckpt"), path)
+            link(folder.last, path)
         return True
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, GenerativeModule)
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
+        run = pl_module.run
         describe(pl_module.model)  # fails now, rather than at the first save, if there is something that it cannot
-        if isinstance(data := trainer.datamodule, DataModule):  # type: ignore[attr-defined]
-            describe(data)
-        if trainer.is_global_zero:  # resumed from a checkpoint that a kill left without the link
-            names = [_name(pl_module.images_seen), _milestone(pl_module.images_seen)]
-            if trainer.ckpt_path and Path(trainer.ckpt_path).parent.resolve() == _folder(trainer).resolve():
-                names.append(Path(trainer.ckpt_path).resolve().name)
-            for name in names:
-                if (current := _folder(trainer) / name).exists():
-                    _point(current.with_name("last.ckpt"), current)
-                    break
+        if run.data is not None:
+            describe(run.data)
+        if trainer.is_global_zero:  # a kill may have left the checkpoint that this run starts from without the link
+            current = [run.folder.checkpoint(pl_module.images_seen), run.folder.milestone(pl_module.images_seen)]
+            if trainer.ckpt_path and Path(trainer.ckpt_path).parent.resolve() == run.folder.checkpoints.resolve():
+                current.append(run.folder.checkpoints / Path(trainer.ckpt_path).resolve().name)
+            if existing := [path for path in current if path.exists()]:
+                link(run.folder.last, existing[0])
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         super().on_train_start(trainer, pl_module)
-        assert isinstance(pl_module, GenerativeModule)
         if self._looked_at is None:
             self._looked_at = pl_module.images_seen
-        self._save_milestone(trainer, pl_module)  # best.ckpt of this very step was saved, and then the run was killed
+        self._save_milestone(trainer, pl_module)  # in case a kill came between best.ckpt of this very step and this
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, GenerativeModule)
         if trainer.global_step != self._step:  # not between two steps, while gradients accumulate
             self._save_milestone(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -127,11 +125,8 @@ class Checkpoint(EveryImages):
         looked_at, self._looked_at = self._looked_at, module.images_seen
         if not any(looked_at < images <= module.images_seen for images in self.milestones):
             return
-        started = time.perf_counter()
-        module.guard.check()
-        with ProcessGroup.current().fail_together():
-            self._save(trainer, _folder(trainer) / _milestone(module.images_seen))
-        self.seconds += time.perf_counter() - started
+        with self._pause(module):
+            self._save(trainer, module.run.folder, module.run.folder.milestone(module.images_seen))
 
     def state_dict(self) -> dict[str, Any]:
         return {"looked_at": self._looked_at}
@@ -141,7 +136,7 @@ class Checkpoint(EveryImages):
 
 
 def save(trainer: pl.Trainer, path: Path) -> str:
-    """Save a checkpoint; all ranks call it. Returns why that failed, on every rank, or nothing."""
+    """Save a checkpoint; all ranks call it. Returns on every rank why that failed, or an empty string."""
     failure: Exception | None = None
     try:
         trainer.save_checkpoint(path)
@@ -154,28 +149,11 @@ def save(trainer: pl.Trainer, path: Path) -> str:
     return problem
 
 
-def goes_on_without(trainer: pl.Trainer) -> bool:
-    """Whether training goes on where a checkpoint cannot be written."""
-    return any(c.on_error == "continue" for c in trainer.callbacks if isinstance(c, Checkpoint))  # type: ignore[attr-defined]
-
-
-def _folder(trainer: pl.Trainer) -> Path:
-    return Path(trainer.default_root_dir) / "checkpoints"
-
-
-def _name(images_seen: int) -> str:
-    return f"{images_seen:09d}.ckpt"
-
-
-def _milestone(images_seen: int) -> str:
-    return f"milestone-{_name(images_seen)}"
-
-
-def _point(link: Path, target: Path) -> None:
-    """Make ``link`` a relative symbolic link to ``target``, in one step; a file of that name is its own target."""
-    if link.name == target.name:
-        return
-    part = link.with_suffix(".part")
+def link(name: Path, target: Path) -> None:
+    """Atomically make ``name`` a relative symbolic link to ``target`` in the same folder."""
+    if name.name == target.name:
+        return  # the file itself has that name, as after a copy
+    part = name.with_suffix(".part")
     part.unlink(missing_ok=True)
     part.symlink_to(target.name)
-    os.replace(part, link)
+    os.replace(part, name)

@@ -15,12 +15,13 @@ import torch.distributed as dist
 
 from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
-from fmlit.training.callbacks.checkpoint import Checkpoint
+from fmlit.training.hooks import Callback
+from fmlit.training.lightning_internals import is_accumulating, skip_signal_broadcast
 from fmlit.training.modules import GenerativeModule
 
-# What is asked for, the stronger last: SIGTERM ends a job for whatever reason, and SIGUSR1 is what a Slurm script asks
-# for before the time limit. Only the latter is requeued from here: a job that was cancelled must not come back, and one
-# that is preempted to be requeued comes back by itself.
+# The stronger signal stands last. SIGTERM ends a job for whatever reason. A Slurm script asks for SIGUSR1 before the
+# time limit. Only then does the job requeue itself: a cancelled job must not come back, and Slurm requeues a preempted
+# one.
 SIGNALS = ("", "SIGTERM", "SIGUSR1")
 REQUEUE = SIGNALS.index("SIGUSR1")
 
@@ -38,13 +39,15 @@ class Preempted(Exception):
         self.signal, self.outcome = signal, outcome
 
 
-class Preemption(pl.Callback):
-    """On SIGTERM or SIGUSR1 to any rank: a checkpoint after the current step, on SIGUSR1 ``scontrol requeue``, the end.
+class Preemption(Callback):
+    """On SIGTERM or SIGUSR1 to any rank, save a checkpoint after the current step and end the run.
 
-    Signals only set a flag. Every ``check_every`` steps the ranks take the strongest over a process group of their own
-    on gloo, so that no accelerator waits for it; then all of them save between two steps, when everything is in place.
-    Lightning saves, and talks to other ranks, inside its signal handlers, which hangs or corrupts where a signal comes
-    at the wrong moment, and broadcasts in every step, which stalls the accelerator's queue.
+    On SIGUSR1 the Slurm job is requeued as well.
+
+    A signal only sets a flag. Every ``check_every`` steps the ranks agree on the strongest signal over a process group
+    of their own on gloo, so that no accelerator waits for it. Then all of them save between two steps, when everything
+    is in place. Lightning saves, and talks to other ranks, inside its signal handlers, which hangs or corrupts where a
+    signal comes at the wrong moment. It also broadcasts in every step, which stalls the accelerator's queue.
 
     Args:
         check_every: interval in steps.
@@ -55,11 +58,11 @@ class Preemption(pl.Callback):
             raise UserError(f"preemption.check_every must be at least 1 step, got {check_every}")
         self.check_every = check_every
         self._received = 0
-        self._ranks: ProcessGroup | None = None
+        self._ranks = ProcessGroup()
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take signals note of from now on, also while Lightning sets up; the previous handlers return at the end."""
+    def watch_signals(self) -> Iterator[None]:
+        """Note signals during the block, also while Lightning sets up. The previous handlers return at its end."""
         before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS[1:]}
         self._install()
         try:
@@ -70,45 +73,40 @@ class Preemption(pl.Callback):
                     signal.signal(getattr(signal, name), handler)
 
     def _install(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # handlers of others are not ours to set
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
             for name in SIGNALS[1:]:
                 signal.signal(getattr(signal, name), self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = max(self._received, SIGNALS.index(signal.Signals(number).name))
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         # Before data are read, where one rank may fail and leave while others would still be connecting.
+        self._ranks = ProcessGroup()
         if dist.is_available() and dist.is_initialized():
             self._ranks = ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
             self._ranks.gather_objects(None)  # all are connected
-        else:
-            self._ranks = ProcessGroup()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._install()  # again, in place of what Lightning has put there; it restores what it found
+    def on_train_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
+        self._install()  # again, in place of Lightning's handlers, which restore at the end what they found
         if trainer.world_size > 1:
-            # Its broadcast of a flag that is never set now, in every step, with a wait for the device.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            skip_signal_broadcast(trainer)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, GenerativeModule)
-        if trainer.fit_loop._should_accumulate() or trainer.global_step % self.check_every:
+        if is_accumulating(trainer) or trainer.global_step % self.check_every:
             return
-        if trainer.global_step < trainer.max_steps and (asked := self._agreed()):
-            raise Preempted(SIGNALS[asked], self._leave(trainer, pl_module, asked == REQUEUE))
-
-    def _agreed(self) -> int:
-        assert self._ranks is not None
-        return max(self._ranks.gather_objects(self._received))
+        if trainer.global_step < trainer.max_steps:
+            strongest = max(self._ranks.gather_objects(self._received))
+            if strongest:
+                raise Preempted(SIGNALS[strongest], self._leave(trainer, pl_module, strongest == REQUEUE))
 
     def _leave(self, trainer: pl.Trainer, module: GenerativeModule, requeue: bool) -> str:
-        """Save, close the logs, requeue; all of it done when the first rank ends. Returns what was done, in words."""
-        assert self._ranks is not None
-        checkpoints: list[Checkpoint] = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]  # type: ignore[attr-defined]
-        saved = checkpoints[0].now(trainer, module) if checkpoints else None
+        """Save, close the logs, and requeue, before the first rank ends. Returns what was done, in words."""
+        checkpoints = module.run.checkpoints
+        saved = checkpoints.save_now(trainer, module) if checkpoints else None
 
         def close() -> str:
             for logger in trainer.loggers:
@@ -118,8 +116,12 @@ class Preemption(pl.Callback):
             return _requeue() if requeue else "--resume goes on"
 
         # The launcher kills all processes once the first has ended: rank 0 must not be in the middle of this then.
-        how = self._ranks.from_first(close)
-        return f"saved {saved}; {how}" if saved else f"nothing was saved, as the run has no checkpoints; {how}"
+        next_start = self._ranks.from_first(close)
+        return (
+            f"saved {saved}; {next_start}"
+            if saved
+            else f"nothing was saved, as the run has no checkpoints; {next_start}"
+        )
 
 
 def _requeue() -> str:

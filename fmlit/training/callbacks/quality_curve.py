@@ -17,20 +17,20 @@ from fmlit.metrics.image_quality import Metric, check_metrics, quantize
 from fmlit.sampling.generate import generate
 from fmlit.sampling.samplers import ODESampler, Sampler
 from fmlit.storage.checkpoints import load
-from fmlit.training.callbacks.checkpoint import goes_on_without, save
-from fmlit.training.callbacks.intervals import EveryImages, averages_of, check_sampler, log_metrics, sampled_model
+from fmlit.training.callbacks.checkpoint import save
+from fmlit.training.callbacks.intervals import EveryImages, check_sampler
 from fmlit.training.modules import GenerativeModule
 
 log = logging.getLogger(__name__)
 
 
 class QualityCurve(EveryImages):
-    """Scores ``n`` samples of the averaged weights against the training images, always from the same seeds.
+    """Score ``n`` samples of the averaged weights against the training images, always from the same seeds.
 
     All ranks share the sampling; the images do not depend on their number. Values are logged under names that carry n
     and the features (``fid_5k``, ``fd_pixels_1k``), and the protocol string that they belong to is printed
     once, with what they cost: time, and the peak memory of the rank that needs most. The checkpoint with the best first
-    metric, in the order below, is kept as ``checkpoints/best.ckpt``.
+    metric, in the order below, is kept as ``best.ckpt`` of the run.
 
     Args:
         every: interval in training images; null for never.
@@ -71,20 +71,20 @@ class QualityCurve(EveryImages):
         self._best_of: str | None = None  # the metric
         self._reference: Reference | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        assert isinstance(pl_module, GenerativeModule)
         if self.every is not None:
             check_sampler(self.sampler, pl_module, "quality.sampler")
             if len(pl_module.model.shape) != 3:
                 raise UserError("quality.every: these distances are of images, and the data are vectors; leave it null")
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         if self.every is None:
             return
-        self._recall_best(Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt", trainer)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(pl_module, GenerativeModule)
+        self._recall_best(pl_module.run.folder.best, trainer)
+        data = pl_module.run.data
+        if data is None:
+            raise UserError("quality.every: scores need one of fmlit's data modules, such as CIFAR10; leave it null")
         if pl_module.model.num_classes is not None:
             warn_of_uneven_classes(data.dataset(self.split))
         self.features.to(pl_module.device)
@@ -95,7 +95,7 @@ class QualityCurve(EveryImages):
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         assert self._reference is not None
-        model = sampled_model(trainer, module)
+        model = module.run.sampled_model()
         ranks = ProcessGroup.current()
         size = min(self.batch_size, self.n)  # the last batch is padded
         with torch.autocast(module.device.type, enabled=False), ranks.fail_together():
@@ -105,16 +105,17 @@ class QualityCurve(EveryImages):
             ):
                 quality.update(quantize(samples))
         self.latest = ranks.from_first(quality.reduce().compute)
-        log_metrics(trainer, module, self.latest)
+        module.run.log(self.latest)
         cost = quality.cost()
         if self.best is None and trainer.is_global_zero:
-            weights = "ema" if averages_of(trainer) else "raw"
-            print(f"{next(iter(self.latest))} is {quality.protocol(weights, self.sampler.name)}; {cost}", flush=True)
+            protocol = quality.protocol(module.run.sampled_weights, self.sampler.name)
+            print(f"{next(iter(self.latest))} is {protocol}; {cost}", flush=True)
         name, first = next(iter(self.latest.items()))
         if self._is_better(first, name):
             before, self.best, self._best_of = (self.best, self._best_of), first, name
-            if problem := save(trainer, Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"):
-                if not goes_on_without(trainer):
+            if problem := save(trainer, module.run.folder.best):
+                checkpoints = module.run.checkpoints
+                if checkpoints is None or checkpoints.on_error == "abort":
                     raise FileError(problem)
                 self.best, self._best_of = before
                 if trainer.is_global_zero:
@@ -136,9 +137,9 @@ class QualityCurve(EveryImages):
             except (KeyError, OSError, TypeError, ValueError):  # damaged, or another program's
                 return None
 
-        found = ProcessGroup.current().from_first(read)
-        if found and found.get("of") and self._is_better(found["best"], found["of"]):
-            self.load_state_dict(found)
+        stored = ProcessGroup.current().from_first(read)
+        if stored and stored.get("of") and self._is_better(stored["best"], stored["of"]):
+            self.load_state_dict(stored)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "of": self._best_of}

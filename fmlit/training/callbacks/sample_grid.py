@@ -15,7 +15,7 @@ from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.drawing import draw_samples
 from fmlit.sampling.generate import generate
 from fmlit.sampling.samplers import ODESampler, Sampler
-from fmlit.training.callbacks.intervals import EveryImages, check_sampler, sampled_model
+from fmlit.training.callbacks.intervals import EveryImages, check_sampler
 from fmlit.training.modules import GenerativeModule
 
 log = logging.getLogger(__name__)
@@ -26,10 +26,10 @@ BATCHES = 4  # of a grid: how many ranks can share it
 
 
 class SampleGrid(EveryImages):
-    """Draws a grid of samples from the averaged weights, from the same noise every time; up to four ranks share it.
+    """Draw a grid of samples from the averaged weights, from the same noise every time. Up to four ranks share it.
 
-    Written to ``<run>/samples/<images seen>.png`` and sent to every logger that takes pictures. A class-conditional
-    model shows one class per row. Data that are vectors are plotted instead.
+    The picture is written to the folder ``samples`` of the run, and sent to every logger that takes pictures. A
+    class-conditional model shows one class per row. Vectors are plotted instead.
 
     Args:
         every: interval in training images; null for never.
@@ -48,14 +48,13 @@ class SampleGrid(EveryImages):
         self.sampler, self.columns, self.seed = sampler, columns, seed
         self.newest: Path | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        assert isinstance(pl_module, GenerativeModule)
         if self.every is not None:
             check_sampler(self.sampler, pl_module, "samples.sampler")
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
-        model = sampled_model(trainer, module)
+        model = module.run.sampled_model()
         classes = model.num_classes
         rows = self.columns if classes is None else min(classes, MOST_ROWS)
         count = rows * self.columns if len(model.shape) == 3 else POINTS
@@ -64,13 +63,13 @@ class SampleGrid(EveryImages):
         if not trainer.is_global_zero:
             return
         picture = draw_samples(samples, self.columns)
-        path = Path(trainer.default_root_dir) / "samples" / f"{module.images_seen:09d}.png"
+        path = module.run.folder.sample_grid(module.images_seen)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 picture.save(file, "PNG")
             self.newest = path
-        except OSError as error:  # whether a full disk ends the run, checkpoints say
+        except OSError as error:  # the Checkpoint callback decides whether a full disk ends the run
             log.warning("no picture %s (%s)", path, error.strerror or error)
         for logger in trainer.loggers:
             if hasattr(logger, "log_picture"):

@@ -6,18 +6,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
 from fmlit.core.errors import UserError
-from fmlit.training.callbacks.intervals import EveryImages, log_metrics
+from fmlit.training.hooks import Callback
+from fmlit.training.lightning_internals import EndlessProgressBar, is_accumulating
 from fmlit.training.modules import GenerativeModule
 
 STEPS_KEPT = 100  # losses and times of so many steps wait on the device before they are summed
 
 
-class TrainingLog(pl.Callback):
-    """Logs, every ``Trainer.log_every_n_steps`` steps, means over all samples of all ranks since the last time.
+class TrainingLog(Callback):
+    """Log, every ``Trainer.log_every_n_steps`` steps, means over all samples of all ranks since the last time.
 
     ``loss`` in total and ``loss_t/<from>-<to>`` per bin of t, ``learning_rate``, ``images_seen``, and
     ``images_per_second`` without the time that sampling and scoring took; ``transport_cost`` where noise and data are
@@ -31,23 +31,20 @@ class TrainingLog(pl.Callback):
         if bins < 1:
             raise UserError(f"bins must be at least 1, got {bins}")
         self.bins = bins
-        self.latest: dict[str, float] = {}
         self._sums: Tensor | None = None
         self._steps: list[tuple[Tensor, Tensor]] = []
         self._costs: dict[str, list[Tensor]] = {}
         self._since = (0.0, 0, 0.0)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, GenerativeModule)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         self._sums = torch.zeros(2, self.bins, device=pl_module.device)
         self._steps.clear()
         self._costs.clear()
-        self._since = (time.perf_counter(), pl_module.images_seen, _pauses(trainer))
+        self._since = (time.perf_counter(), pl_module.images_seen, pl_module.run.pause_seconds)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, GenerativeModule)
         assert self._sums is not None
         self._steps.append((outputs["losses"], outputs["times"]))
         if len(self._steps) == STEPS_KEPT:
@@ -56,11 +53,10 @@ class TrainingLog(pl.Callback):
             if name in outputs:
                 self._costs.setdefault(name, []).append(outputs[name])
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 is Lightning's "never"
-        if every and trainer.global_step % every == 0 and not trainer.fit_loop._should_accumulate():
+        if every and trainer.global_step % every == 0 and not is_accumulating(trainer):
             self._log(trainer, pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, GenerativeModule)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         if pl_module.images_seen > self._since[1]:
             self._log(trainer, pl_module)
 
@@ -78,9 +74,9 @@ class TrainingLog(pl.Callback):
             self._sum_up()
         sums, counts = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
         self._sums = torch.zeros_like(self._sums)
-        now = (time.perf_counter(), module.images_seen, _pauses(trainer))
+        now = (time.perf_counter(), module.images_seen, module.run.pause_seconds)
         seconds = now[0] - self._since[0] - (now[2] - self._since[2])
-        self.latest = {
+        latest = module.run.latest = {
             "loss": sum(sums) / sum(counts),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": (now[1] - self._since[1]) / max(seconds, 1e-9),
@@ -96,16 +92,11 @@ class TrainingLog(pl.Callback):
         }
         self._costs.clear()
         self._since = now
-        log_metrics(trainer, module, {**self.latest, **by_time, **costs})
-        module.guard.check()
+        module.run.log({**latest, **by_time, **costs})
+        module.run.guard.check()
 
 
-def _pauses(trainer: pl.Trainer) -> float:
-    """Seconds that sampling and scoring have taken so far."""
-    return sum(c.seconds for c in trainer.callbacks if isinstance(c, EveryImages))  # type: ignore[attr-defined, misc]
-
-
-class ProgressBar(RichProgressBar):
+class ProgressBar(EndlessProgressBar):
     """Lightning's rich bar with loss, images per second and images seen; a line now and then where there is no screen.
 
     Args:
@@ -122,12 +113,8 @@ class ProgressBar(RichProgressBar):
         if not self._screen:
             self.disable()  # a bar in a file is noise; lines take its place
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "training"  # there are no epochs
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        assert isinstance(pl_module, GenerativeModule)
-        latest = next((c.latest for c in trainer.callbacks if isinstance(c, TrainingLog)), {})  # type: ignore[attr-defined]
+    def get_metrics(self, trainer: pl.Trainer, pl_module: Any) -> dict[str, Any]:
+        latest = pl_module.run.latest
         shown: dict[str, Any] = {"images": f"{pl_module.images_seen:,}"}
         if latest:
             shown |= {"loss": f"{latest['loss']:.4f}", "images/s": f"{latest['images_per_second']:.0f}"}

@@ -1,0 +1,105 @@
+"""Every private name of Lightning and jsonargparse that fmlit touches, each with the reason.
+
+All were seen in Lightning 2.6 and jsonargparse 4.53. ``fmlit.core.internals`` is the same for the floors below. A test
+fails where another module touches such a name.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import _typehints
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+
+def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
+    """The trainer of a module, or None, where the public ``module.trainer`` raises an error.
+
+    Delete once Lightning offers a way to ask.
+    """
+    return module._trainer
+
+
+def is_accumulating(trainer: pl.Trainer) -> bool:
+    """Whether the gradient is still being summed: no optimizer step has followed the last batch.
+
+    Delete once the trainer or the hook ``on_train_batch_end`` says so.
+    """
+    return trainer.fit_loop._should_accumulate()
+
+
+def skip_signal_broadcast(trainer: pl.Trainer) -> None:
+    """Stop Lightning from broadcasting a flag in every step, with a wait for the device.
+
+    The flag tells other ranks of a SIGTERM. fmlit handles signals itself, so the flag is never set. Delete once
+    Lightning broadcasts only where its own signal handler is in place.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def trains_in_copies(trainer: pl.Trainer) -> bool:
+    """Whether the strategy trains in copies of this process (ddp_spawn, ddp_fork, ddp_notebook).
+
+    Delete once strategies say how they launch.
+    """
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+class EndlessProgressBar(RichProgressBar):
+    """Lightning's bar, which says "training" and counts no epochs, as the stream of batches has no end.
+
+    Delete once the description is an argument.
+    """
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "training"
+
+
+class RelocatableWandbLogger(WandbLogger):
+    """Lightning's W&B logger, whose folder is known only after it was built, and whose run a subclass starts.
+
+    Delete once Lightning starts the W&B run in a method of its own that a subclass can replace.
+    """
+
+    def relocate(self, folder: Path) -> None:
+        """Record in this folder, under its name."""
+        self._save_dir, self._name = str(folder), folder.name
+
+    @property
+    def init_arguments(self) -> dict[str, Any]:
+        """What ``wandb.init`` gets."""
+        return self._wandb_init
+
+    @property
+    def started_run(self) -> Any:
+        """The W&B run, or None before it has started."""
+        return self._experiment
+
+    @started_run.setter
+    def started_run(self, run: Any) -> None:
+        self._experiment = run
+
+
+_discard_misfits = _typehints.discard_init_args_on_class_path_change
+
+
+def forget_defaults_of_replaced_classes() -> None:
+    """When an option replaces a class by another, carry over only what the user has set.
+
+    jsonargparse carries over all values that fit (its issue 460). An SDESampler would get the 18 steps that are the
+    default of ODESampler, which stood there before, in place of its own 250. Calling this again changes nothing. Delete
+    once jsonargparse tells defaults from given values.
+    """
+
+    def discard(parser: Any, before: Any, now: Mapping[str, Any]) -> None:
+        if before and "init_args" in before and before["class_path"] != now["class_path"]:
+            defaults = _typehints.ActionTypeHint.get_class_parser(before["class_path"], {}).get_defaults()
+            values = before["init_args"]
+            for name in [name for name in vars(values) if name in defaults and values[name] == defaults[name]]:
+                del values[name]
+        _discard_misfits(parser, before, now)
+
+    _typehints.discard_init_args_on_class_path_change = discard

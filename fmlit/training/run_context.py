@@ -1,0 +1,71 @@
+"""What the module and the callbacks of a run share. Each finds it as ``module.run``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmlit.data.data_module import DataModule
+from fmlit.models.generative_model import GenerativeModel
+from fmlit.storage.run_folder import RunFolder
+from fmlit.training.gradients import GradientGuard
+from fmlit.training.lightning_internals import attached_trainer
+
+if TYPE_CHECKING:
+    from fmlit.training.averages import EMA
+    from fmlit.training.callbacks.checkpoint import Checkpoint
+    from fmlit.training.modules import GenerativeModule
+
+
+class RunContext:
+    """One run of a module with one Trainer.
+
+    A callback offers what it has in its ``setup``. Others read it in later hooks, so that the order in which callbacks
+    are listed does not matter for it.
+
+    Attributes:
+        guard: watches losses and gradients for values that are not finite.
+        averages: the EMA callback, if there is one.
+        checkpoints: the Checkpoint callback, if there is one.
+        latest: the newest values of the training log.
+        pause_seconds: the time that callbacks have taken so far, to sample, score and save.
+    """
+
+    def __init__(self, module: "GenerativeModule") -> None:
+        self.module = module
+        self.trainer: Any = attached_trainer(module)  # None for a module on its own
+        self.guard = GradientGuard()
+        self.averages: EMA | None = None
+        self.checkpoints: Checkpoint | None = None
+        self.latest: dict[str, float] = {}
+        self.pause_seconds = 0.0
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where the run lives: the Trainer's ``default_root_dir``."""
+        return RunFolder(Path(self.trainer.default_root_dir))
+
+    @property
+    def data(self) -> DataModule | None:
+        """The data, unless they come from plain data loaders or from a data module of another kind."""
+        data = self.trainer.datamodule
+        return data if isinstance(data, DataModule) else None
+
+    @property
+    def sampled_weights(self) -> str:
+        """The weights that samples come from, by the name that protocol strings use."""
+        return "raw" if self.averages is None else "ema"
+
+    def sampled_model(self) -> GenerativeModel:
+        """The model to sample from: with the first average where there is an EMA callback, else the trained one."""
+        if self.averages is None:
+            return self.module.model
+        self.averages.update(self.module, self.trainer.global_step)
+        return self.averages.model(self.module)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write metrics to every logger, with ``images_seen`` beside them.
+
+        Not through ``module.log``: its float32 would round the count beyond 16.7 million images, and it writes only at
+        steps of its own.
+        """
+        for logger in self.trainer.loggers:
+            logger.log_metrics({**metrics, "images_seen": self.module.images_seen}, step=self.trainer.global_step)
