@@ -72,6 +72,19 @@ def _discard_defaults_of_another_class(parser: Any, before: Any, now: Mapping[st
 
 _typehints.discard_init_args_on_class_path_change = _discard_defaults_of_another_class
 
+_adapt_class_type = _typehints.adapt_class_type
+
+
+def _adapt_class_type_with_null(value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let ``--model.execution.compile null`` mean None: jsonargparse 4.53 hands the text "None" to the inner parser."""
+    inner = value.get("init_args") if isinstance(value, jsonargparse.Namespace) else None
+    if isinstance(inner, _typehints.NestedArg) and inner.val is None:
+        value["init_args"] = inner._replace(val="null")
+    return _adapt_class_type(value, *args, **kwargs)
+
+
+_typehints.adapt_class_type = _adapt_class_type_with_null
+
 
 class HelpFormatter(jsonargparse.DefaultHelpFormatter):
     """Keeps the lines of the description, and of the subclasses of a type names fmlit's where it has any."""
