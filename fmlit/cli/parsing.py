@@ -19,7 +19,7 @@ import fmlit
 from fmlit.cli import errors, messages
 from fmlit.cli.messages import join_keys
 from fmlit.core.errors import MISTAKES, FileError, UserError
-from fmlit.training.lightning_internals import forget_defaults_of_replaced_classes
+from fmlit.training.lightning_internals import forget_defaults_of_replaced_classes, pass_null_to_nested_options
 
 HELP = """Train an image generator by flow matching or score matching.
 
@@ -76,6 +76,7 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         forget_defaults_of_replaced_classes()
+        pass_null_to_nested_options()
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
         self._class: Any = None
         self._args: Sequence[str] = ()

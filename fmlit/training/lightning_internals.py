@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import _typehints
+from jsonargparse import Namespace, _typehints
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -103,3 +103,22 @@ def forget_defaults_of_replaced_classes() -> None:
         _discard_misfits(parser, before, now)
 
     _typehints.discard_init_args_on_class_path_change = discard
+
+
+_adapt_class = _typehints.adapt_class_type
+
+
+def pass_null_to_nested_options() -> None:
+    """Let ``--model.execution.compile null`` mean None.
+
+    jsonargparse 4.53 hands the text "None" to the parser of the inner class. Calling this again changes nothing. Delete
+    once jsonargparse hands on null.
+    """
+
+    def adapt(value: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = value.get("init_args") if isinstance(value, Namespace) else None
+        if isinstance(inner, _typehints.NestedArg) and inner.val is None:
+            value["init_args"] = inner._replace(val="null")
+        return _adapt_class(value, *args, **kwargs)
+
+    _typehints.adapt_class_type = adapt

@@ -5,6 +5,7 @@ import math
 import pydoc
 import re
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
+import fmlit
 from fmlit.cli import train
 from fmlit.cli.parsing import LINKS
 from fmlit.training.loggers import MetricsFile
@@ -128,6 +130,8 @@ def repeated(value: Any, cls: type, key: str) -> Iterator[str]:
         if isinstance(given, dict) and "class_path" in given:
             inner = pydoc.locate(given["class_path"])
             yield from repeated(given.get("init_args", {}), inner, f"{key}.{name}")
+        elif isinstance(given, dict) and is_dataclass(default):
+            yield from repeated(given, type(default), f"{key}.{name}")
         elif isinstance(given, str) and isinstance(pydoc.locate(given), type):
             if type(default) is pydoc.locate(given):
                 yield f"{key}.{name}"
@@ -143,3 +147,5 @@ def test_it_holds_only_what_differs_from_the_defaults(path: Path) -> None:
         found += repeated(content[part].get("init_args", {}), pydoc.locate(content[part]["class_path"]), part)
     assert not found
     assert [*repeated({"keep": 2, "every": 3}, train.PARTS["checkpoint"], "x")] == ["x.keep"]
+    schedule = {"schedule": {"decay": "constant", "warmup_images": 3}}
+    assert [*repeated(schedule, fmlit.FlowMatchingModule, "model")] == ["model.schedule.decay"]

@@ -113,6 +113,21 @@ def test_another_class_has_its_own_defaults(tmp_path: Path, given: str) -> None:
     assert (sampler["steps"], sampler["grid"]["class_path"]) == (250, "fmlit.UniformGrid")
 
 
+@pytest.mark.parametrize("value", ["null", "max-autotune"])
+def test_a_nested_option_of_a_recipe_is_changed_or_removed(tmp_path: Path, value: str) -> None:
+    path = recipe(tmp_path, "    net:\n", "    execution: {compile: default}\n    net:\n")
+    shown = printed_config(tmp_path, "--config", str(path), f"--model.execution.compile={value}")
+    assert shown["model"]["init_args"]["execution"] == {"channels_last": False, "compile": yaml.safe_load(value)}
+
+
+def test_another_optimizer_keeps_the_settings_that_it_shares(tmp_path: Path) -> None:
+    shown = printed_config(tmp_path, f"--config={CONFIGS / 'quickstart.yaml'}", "--model.optimizer=AdamW")
+    assert shown["model"]["init_args"]["optimizer"] == {
+        "class_path": "fmlit.AdamW",
+        "init_args": {"learning_rate": 6e-3, "betas": [0.9, 0.999], "weight_decay": 0.0},
+    }
+
+
 def test_another_class_keeps_what_was_asked_for(tmp_path: Path) -> None:
     asked = ("--samples.sampler.guidance=3", "--samples.sampler.steps=40", "--samples.sampler=SDESampler")
     sampler = printed_config(tmp_path, *asked)["samples"]["sampler"]["init_args"]
