@@ -261,8 +261,7 @@ class TrainingCLI(LightningCLI):
 def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, program: str = "train.py") -> None:
     """``fmlit train``: train by command line, then print one line of JSON.
 
-    Without ``--config``, ``default_config`` is put in front. It is no default of the parser, whose values would leak
-    into every other recipe.
+    Without ``--config``, ``default_config`` is put in front. A default of the parser would leak into other recipes.
     """
     started = time.perf_counter()
     if not config_files(args) and not {"-c", "--config"} & set(args):
