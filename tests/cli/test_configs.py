@@ -60,7 +60,7 @@ def test_it_builds_with_one_config_and_nothing_else(path: Path, tmp_path: Path) 
     """Model, data, callbacks, loggers and trainer; nothing is downloaded, read or started by that."""
     content = yaml.safe_load(path.read_text())
     built = train.TrainingCLI(["--config", str(path), "--runs", str(tmp_path)])
-    assert built.run_folder == tmp_path / path.stem
+    assert built.run_folder.path == tmp_path / path.stem
     assert type(built.model).__name__ == content["model"]["class_path"].rpartition(".")[2]
     assert built.model.model.shape == built.datamodule.shape
     conditional = content["model"]["init_args"].get("conditional", False)
