@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fmlit.cli.options import Integers, Names, Numbers, load_guide
+from fmlit.cli.options import Integers, Names, Numbers, as_interval, load_guide
 from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.errors import UserError
 from fmlit.evaluation.measurements import LikelihoodMeasurement, SampleMeasurement, ScoredModel
@@ -16,7 +16,9 @@ from fmlit.flows.diffusions import Diffusion
 from fmlit.models.compilation import CompileMode, compile_net
 from fmlit.sampling.build import build_sampler
 from fmlit.sampling.grids import Grid
+from fmlit.sampling.guidance import WHOLE_CLOCK
 from fmlit.sampling.samplers import Precision, Sampler
+from fmlit.solvers.records import Option
 from fmlit.storage.loading import find_model, load, weights_of
 from fmlit.storage.run_folder import RunFolder
 
@@ -26,9 +28,11 @@ class Sweep:
     """The samplers: every combination of solvers, steps and guidance scales.
 
     Args:
-        solver: Solvers by name: heun, euler, unipc, dpmpp_2m, euler_maruyama, ...
+        solver: Solvers by name: heun, euler, unipc, dpmpp_2m, euler_maruyama, ...; docs/solvers.md lists all.
+        solver_options: Options of the solvers, such as --solver_options.order 3 for unipc; docs/solvers.md lists them.
         steps: Numbers of steps, such as 5,10,20; by default 18, 250 for an SDE, 128 for churn.
         guidance: Scales of guidance, such as 1.0,1.5; 1 disables it. Classifier-free unless there is a guide.
+        guidance_interval: Range of t in which guidance acts, from 0 (noise) to 1 (data), such as 0.2,0.8.
         grid: Where the steps lie.
         sigma: Diffusion coefficient of an SDE: a number, or a class.
         guide: Checkpoint of a weaker model of the same data (smaller, or less trained) for autoguidance.
@@ -38,8 +42,10 @@ class Sweep:
     """
 
     solver: Names = Names(["heun"])
+    solver_options: dict[str, Option] | None = None
     steps: Integers | None = None
     guidance: Numbers = Numbers([1.0])
+    guidance_interval: Numbers = Numbers(WHOLE_CLOCK)
     grid: Grid | None = None
     sigma: Diffusion | float | None = None
     guide: str | None = None
@@ -58,8 +64,11 @@ class Sweep:
 
     def samplers(self) -> list[Sampler]:
         """The sampler of each combination."""
+        interval = as_interval(self.guidance_interval)
+        if set(self.guidance) == {1} and interval != WHOLE_CLOCK:
+            raise UserError("guidance_interval has no effect with guidance 1: set --guidance, too")
         return [
-            build_sampler(solver, steps, self.grid, guidance, self.sigma, self.precision)
+            build_sampler(solver, steps, self.grid, guidance, self.sigma, self.precision, interval, self.solver_options)
             for solver, steps, guidance in itertools.product(self.solver, self.steps or [None], self.guidance)
         ]
 

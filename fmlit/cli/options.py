@@ -22,6 +22,7 @@ from fmlit.cli.parsing import Parser
 from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.models.generative_model import GenerativeModel
+from fmlit.sampling.guidance import Interval
 from fmlit.storage.loading import find_model, load
 
 
@@ -106,6 +107,13 @@ def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) ->
     following = zip(args, [*args[1:], ""], strict=False)
     alone = [arg in switches and after not in ("true", "false") for arg, after in following]
     return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
+
+
+def as_interval(numbers: Sequence[float]) -> Interval:
+    """``--guidance_interval`` as (start, end)."""
+    if len(numbers) != 2:
+        raise UserError(f"guidance_interval takes two numbers, such as 0.2,0.8, got {','.join(map(str, numbers))}")
+    return numbers[0], numbers[1]
 
 
 def load_guide(path: str | None, trust: Sequence[str], device: torch.device) -> GenerativeModel | None:

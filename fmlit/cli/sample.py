@@ -4,13 +4,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fmlit.cli.options import Names, Numbers, choose_device, load_guide
+from fmlit.cli.options import Names, Numbers, as_interval, choose_device, load_guide
 from fmlit.core.errors import UserError
 from fmlit.core.files import atomic_write, file_errors, new_file, new_folder
 from fmlit.core.progress import progress
@@ -24,8 +25,8 @@ from fmlit.sampling.build import build_sampler
 from fmlit.sampling.drawing import draw_samples, image_grid
 from fmlit.sampling.generate import deal_labels, generate
 from fmlit.sampling.grids import Grid
-from fmlit.sampling.guidance import WHOLE_CLOCK, Interval
-from fmlit.sampling.samplers import Precision, SolverName
+from fmlit.sampling.guidance import WHOLE_CLOCK
+from fmlit.sampling.samplers import Precision, Sampler, SolverName
 from fmlit.solvers.records import Option
 from fmlit.storage.loading import find_model, load, training_data, weights_of
 
@@ -39,29 +40,94 @@ ANIMATED = 100  # samples in a trajectory
 FRAMES, FRAME_MS, LAST_FRAME_MS = 60, 60, 1500
 
 
+@dataclass(frozen=True)
+class SamplerOptions:
+    """The sampler.
+
+    Args:
+        solver: Name of the solver; docs/solvers.md compares them.
+        solver_options: Options of the solver, such as --solver_options.order 3 for unipc; docs/solvers.md lists them.
+        steps: Number of steps; by default 18, 250 for an SDE, 128 for churn.
+        guidance: Scale of classifier-free guidance, or of autoguidance where there is a guide; 1 disables guidance.
+        guidance_interval: Range of t in which guidance acts, from 0 (noise) to 1 (data), such as 0.2,0.8.
+        grid: Where the steps lie.
+        sigma: Diffusion coefficient of an SDE: a number, or a class.
+        guide: Checkpoint of a weaker model of the same data (smaller, or less trained) for autoguidance.
+        precision: Arithmetic of the network: float32, or bfloat16, which is faster on GPUs.
+    """
+
+    solver: SolverName = "heun"
+    solver_options: dict[str, Option] | None = None
+    steps: int | None = None
+    guidance: float = 1.0
+    guidance_interval: Numbers = Numbers(WHOLE_CLOCK)
+    grid: Grid | None = None
+    sigma: Diffusion | float | None = None
+    guide: str | None = None
+    precision: Precision = "float32"
+
+    def build(self) -> Sampler:
+        """The sampler of these options. A UserError for values that it refuses, or that have no effect."""
+        interval = as_interval(self.guidance_interval)
+        if self.guidance == 1 and interval != WHOLE_CLOCK:
+            raise UserError("guidance_interval has no effect with guidance 1: set --guidance, too")
+        return build_sampler(
+            self.solver,
+            self.steps,
+            self.grid,
+            self.guidance,
+            self.sigma,
+            self.precision,
+            interval,
+            self.solver_options,
+        )
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """The files to write.
+
+    Args:
+        out: PNG file for the grid of samples, 10000 at most (a plot, if the model makes vectors).
+        columns: Images per row of the grid; by default one for each class, or as many as rows.
+        save_images: Folder for a PNG of each sample, or an .npz file for all (arr_0: uint8, N x H x W x C).
+        trajectory: File for the way of the first samples from noise to data: .png has a row of states for each, .gif is
+            an animation.
+    """
+
+    out: str = "samples.png"
+    columns: int | None = None
+    save_images: str | None = None
+    trajectory: str | None = None
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise a UserError where a file cannot be written, or not of samples of this shape."""
+        picture = new_file(self.out, ".png")
+        if self.trajectory is None:
+            return
+        if new_file(self.trajectory, ".png", ".gif") == picture:
+            raise UserError(f"out and trajectory are the same file {picture}: give them different names")
+        if len(shape) != 3:
+            raise UserError(f"trajectories are drawn of images, and this model makes vectors of shape {tuple(shape)}")
+
+    def written(self) -> dict[str, str]:
+        """The files by what they hold."""
+        files = {"picture": self.out, "images": self.save_images, "trajectory": self.trajectory}
+        return {name: file for name, file in files.items() if file is not None}
+
+
 def sample(
     checkpoint: str,
     n: int = 100,
     labels: Names | None = None,
-    solver: SolverName = "heun",
-    solver_options: dict[str, Option] | None = None,
-    steps: int | None = None,
-    guidance: float = 1.0,
-    guidance_interval: Numbers = Numbers(WHOLE_CLOCK),
-    grid: Grid | None = None,
-    sigma: Diffusion | float | None = None,
     weights: str = "ema",
     seed: int = 0,
     batch_size: int = 250,
-    columns: int | None = None,
-    out: str = "samples.png",
-    save_images: str | None = None,
-    trajectory: str | None = None,
-    guide: str | None = None,
-    precision: Precision = "float32",
     compile: CompileMode | None = None,
     trust: Names = Names(),
     device: str = "auto",
+    sampler: SamplerOptions = SamplerOptions(),
+    files: OutputFiles = OutputFiles(),
 ) -> dict[str, Any]:
     """Draw samples of a trained model as a picture, and as files for other tools where asked.
 
@@ -72,82 +138,45 @@ def sample(
         checkpoint: A checkpoint, the folder of a run, or an exported folder.
         n: Number of samples.
         labels: Classes, by id or by name: 3,7 or cat,dog. They are dealt in turn; by default all classes are.
-        solver: Name of the solver; docs/solvers.md compares them.
-        solver_options: Options of the solver, such as --solver_options.order 3 for unipc; docs/solvers.md lists them.
-        steps: Number of steps; by default 18, 250 for an SDE, 128 for churn.
-        guidance: Scale of classifier-free guidance, or of autoguidance where there is a guide; 1 disables guidance.
-        guidance_interval: Range of t in which guidance acts, from 0 (noise) to 1 (data), such as 0.2,0.8.
-        grid: Where the steps lie.
-        sigma: Diffusion coefficient of an SDE: a number, or a class.
         weights: ema for the first average, raw for the trained weights, or the name of an average.
-        seed: Of the noise.
+        seed: Seed of the noise.
         batch_size: Samples at a time.
-        columns: Pictures per row of the grid; by default one for each class, or as many as rows.
-        out: PNG file for the grid of samples, 10000 at most (a plot, if the model makes vectors).
-        save_images: Folder for a PNG of each sample, or an .npz file for all (arr_0: uint8, N x H x W x C).
-        trajectory: Of the first samples, from noise to data: .png for a row of states each, .gif for an animation.
-        guide: Checkpoint of a weaker model of the same data (smaller, or less trained) for autoguidance.
-        precision: Of the network: float32, or bfloat16, which is faster on GPUs.
         compile: Mode of torch.compile for the network: default, max-autotune, ...; by default it runs plainly.
         trust: Packages besides fmlit whose classes the checkpoint may name.
         device: auto, cpu, cuda, cuda:1, ...
+        sampler: The sampler.
+        files: The files to write.
     """
-    if n < 1 or batch_size < 1 or (columns is not None and columns < 1):
-        raise UserError(f"n, batch_size and columns must be at least 1, got {n}, {batch_size} and {columns}")
+    if n < 1 or batch_size < 1 or (files.columns is not None and files.columns < 1):
+        raise UserError(f"n, batch_size and columns must be at least 1, got {n}, {batch_size} and {files.columns}")
     started = time.perf_counter()
     file = find_model(checkpoint, "checkpoint")
-    weights = weights_of(file, weights)
-    sampler = build_sampler(
-        solver, steps, grid, guidance, sigma, precision, as_interval(guidance_interval, guidance), solver_options
-    )
-    where = choose_device(device)
-    model, weaker = load(file, weights, trust, where), load_guide(guide, trust, where)
-    sampler.check(model, weaker)
-    for part in (model, weaker):
+    weights, where, chosen = weights_of(file, weights), choose_device(device), sampler.build()
+    model, guide = load(file, weights, trust, where), load_guide(sampler.guide, trust, where)
+    chosen.check(model, guide)
+    for part in (model, guide):
         if compile and part:
             compile_net(part.net, compile)
-    picture = new_file(out, ".png")
-    path = None if trajectory is None else new_file(trajectory, ".png", ".gif")
-    if path == picture:
-        raise UserError(f"out and trajectory are the same file {path}: give them different names")
-    if path is not None and len(model.shape) != 3:
-        raise UserError(f"trajectories are drawn of images, and this model makes vectors of shape {model.shape}")
+    files.check(model.shape)
     classes = choose_classes(model, labels, file, trust)
-    asked = deal_labels(model, n, classes)
-    per_row = columns or (
-        len(classes) if classes is not None and len(classes) <= MOST_COLUMNS else math.isqrt(n - 1) + 1
-    )
+    dealt, name = deal_labels(model, n, classes), chosen.named(guided=guide is not None)
+    by_class = classes is not None and len(classes) <= MOST_COLUMNS
+    columns = files.columns or (len(classes) if classes is not None and by_class else math.isqrt(n - 1) + 1)
 
-    name = sampler.named(guided=weaker is not None)
-    with _files(save_images, vectors=len(model.shape) != 3) as save:
+    with _files(files.save_images, vectors=len(model.shape) != 3) as save:
         size = min(batch_size, n)
-        batches = generate(model, sampler, n, seed, size, asked, guide=weaker)
-        drawn = [samples.cpu() for _, samples in progress(batches, math.ceil(n / size), name)]
-        samples = torch.cat(drawn)
-        with file_errors(str(save_images)):
-            save(samples, asked)
-    _write(draw_samples(samples[:SHOWN], per_row), picture)
-    if path is not None:
+        batches = generate(model, chosen, n, seed, size, dealt, guide=guide)
+        samples = torch.cat([batch.cpu() for _, batch in progress(batches, math.ceil(n / size), name)])
+        with file_errors(str(files.save_images)):
+            save(samples, dealt)
+    _write(draw_samples(samples[:SHOWN], columns), Path(files.out))
+    if files.trajectory is not None:
         indices = torch.arange(min(n, ANIMATED))
-        first = None if asked is None else asked[: len(indices)]
-        states = to_uint8(sampler.sample(model, image_seeds(seed, indices), first, True, weaker)).cpu()
-        draw_trajectory(states, path, per_row)
-    files = {"picture": str(picture), "images": save_images, "trajectory": trajectory}
-    return {
-        **{name: value for name, value in files.items() if value is not None},
-        **{"n": n, "seed": seed, "weights": weights, "sampler": name},
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-
-
-def as_interval(given: Sequence[float], guidance: float) -> Interval:
-    """``--guidance_interval`` as (start, end). A UserError unless it has two numbers, and guidance that it acts on."""
-    if len(given) != 2:
-        raise UserError(f"guidance_interval takes two numbers, such as 0.2,0.8, got {','.join(map(str, given))}")
-    interval = given[0], given[1]
-    if guidance == 1 and interval != WHOLE_CLOCK:
-        raise UserError("guidance_interval has no effect with guidance 1: set --guidance, too")
-    return interval
+        first = None if dealt is None else dealt[: len(indices)]
+        states = to_uint8(chosen.sample(model, image_seeds(seed, indices), first, True, guide)).cpu()
+        draw_trajectory(states, Path(files.trajectory), columns)
+    summary = {"n": n, "seed": seed, "weights": weights, "sampler": name}
+    return {**files.written(), **summary, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def choose_classes(

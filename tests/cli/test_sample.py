@@ -12,6 +12,7 @@ from PIL import Image
 
 from fmlit.cli import sample as sampling
 from fmlit.cli.options import Integers, Names, run
+from fmlit.cli.sample import OutputFiles, SamplerOptions
 from fmlit.core.files import new_folder
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.core.tensors import to_uint8
@@ -65,9 +66,8 @@ def test_the_script_writes_what_it_says(checkpoint, tmp_path, monkeypatch, capsy
 
 def test_a_larger_n_adds_to_the_same_images(checkpoint, tmp_path):
     for n in (5, 12):
-        sampling.sample(
-            checkpoint, n=n, batch_size=4, labels=Names(["3"]), out=f"{tmp_path}/{n}.png", save_images=f"{tmp_path}/{n}"
-        )
+        files = OutputFiles(f"{tmp_path}/{n}.png", save_images=f"{tmp_path}/{n}")
+        sampling.sample(checkpoint, n=n, batch_size=4, labels=Names(["3"]), files=files)
     names = sorted(path.name for path in (tmp_path / "12").iterdir())
     assert names == [f"{i:06d}.png" for i in range(12)]
     for name in names[:5]:
@@ -78,7 +78,8 @@ def test_which_weights(checkpoint, tmp_path):
     stored = {}
     for weights in ("ema", "ema_500", "raw"):
         path = f"{tmp_path}/{weights}.npz"
-        sampling.sample(checkpoint, n=2, steps=4, weights=weights, out=f"{tmp_path}/g.png", save_images=path)
+        files = OutputFiles(f"{tmp_path}/g.png", save_images=path)
+        sampling.sample(checkpoint, n=2, weights=weights, sampler=SamplerOptions(steps=4), files=files)
         stored[weights] = np.load(path)["arr_0"]
     assert (stored["ema"] == stored["ema_500"]).all()
     assert (stored["ema"] != stored["raw"]).any()
@@ -87,9 +88,8 @@ def test_which_weights(checkpoint, tmp_path):
 def test_trajectories_run_from_noise_to_samples(checkpoint, tmp_path):
     strip, film = f"{tmp_path}/strip.png", f"{tmp_path}/film.gif"
     for path in (strip, film):
-        sampling.sample(
-            checkpoint, n=12, steps=30, grid=UniformGrid(), out=f"{tmp_path}/g.png", trajectory=path, columns=12
-        )
+        files = OutputFiles(f"{tmp_path}/g.png", columns=12, trajectory=path)
+        sampling.sample(checkpoint, n=12, sampler=SamplerOptions(steps=30, grid=UniformGrid()), files=files)
     picture = np.asarray(Image.open(strip).convert("L"))
     assert picture.shape == (sampling.STRIP_ROWS * 50 + 2, sampling.STRIP_COLUMNS * 50 + 2)
     noise = image_noise(image_seeds(0, range(1)), (1, 8, 8))
@@ -120,7 +120,7 @@ def test_classes_by_id_and_by_name(tmp_path):
 def test_vectors(tmp_path, capsys):
     folder = save_run(tmp_path / "run", known_model((1,), None), TwoPoints())
     points = f"{tmp_path}/points.npz"
-    sampling.sample(str(folder), n=300, out=f"{tmp_path}/plot.png", save_images=points)
+    sampling.sample(str(folder), n=300, files=OutputFiles(f"{tmp_path}/plot.png", save_images=points))
     values = np.load(points)
     assert list(values) == ["arr_0"]
     assert np.allclose(values["arr_0"], STD * image_noise(image_seeds(0, range(300)), (1,)), rtol=0.02)  # 18 steps
@@ -173,15 +173,16 @@ def test_nothing_half_written_is_left(checkpoint, tmp_path, monkeypatch):
         (folder / "000000.png").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
+    files = OutputFiles(f"{tmp_path}/g.png", save_images=f"{tmp_path}/images")
     with monkeypatch.context() as patch:
         patch.setattr(sampling, "save_pngs", full_disk)
         with pytest.raises(OSError, match="No space left"):
-            sampling.sample(checkpoint, n=2, steps=2, out=f"{tmp_path}/g.png", save_images=f"{tmp_path}/images")
+            sampling.sample(checkpoint, n=2, sampler=SamplerOptions(steps=2), files=files)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "mine.png").touch()
     with pytest.raises(ValueError, match="images exists already"):
-        sampling.sample(checkpoint, n=2, steps=2, out=f"{tmp_path}/g.png", save_images=f"{tmp_path}/images")
+        sampling.sample(checkpoint, n=2, sampler=SamplerOptions(steps=2), files=files)
     assert [path.name for path in tmp_path.rglob("*")] == ["images", "mine.png"]
 
 
@@ -237,9 +238,8 @@ def test_options_as_they_are_written(capsys):
 
 def test_the_sde_ends_in_the_same_law(checkpoint, tmp_path):
     path = f"{tmp_path}/images.npz"
-    sampling.sample(
-        checkpoint, n=60, solver="euler_maruyama", steps=60, sigma=1.0, out=f"{tmp_path}/g.png", save_images=path
-    )
+    files = OutputFiles(f"{tmp_path}/g.png", save_images=path)
+    sampling.sample(checkpoint, n=60, sampler=SamplerOptions("euler_maruyama", steps=60, sigma=1.0), files=files)
     pixels = torch.from_numpy(np.load(path)["arr_0"]).double()
     truth = to_uint8(STD * torch.randn(100_000, generator=torch.Generator().manual_seed(0))).double()  # clamped as well
     assert abs(pixels.mean() - truth.mean()) < 4 * truth.std() / pixels.numel() ** 0.5

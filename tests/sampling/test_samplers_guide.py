@@ -122,7 +122,7 @@ def test_the_scripts_take_a_guide(runs, tmp_path, capsys, monkeypatch):
 def test_what_a_guide_cannot_be(runs, tmp_path, capsys):
     model, _ = runs
     for arguments, message in [
-        (["--guide", str(tmp_path / "none.ckpt")], "give --guide a .ckpt file or the folder of a run"),
+        (["--guide", str(tmp_path / "none.ckpt")], "give --guide a .ckpt file, the folder of a run, or an exported"),
         (["--precision", "float8"], "precision"),
         (["--compile", "fast"], "compile"),
     ]:

@@ -10,7 +10,8 @@ from fmlit.core.tensors import expand_time
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, CosinePath, GaussianPath, PolynomialPath, VPPath
 from fmlit.flows.predictions import Velocity
-from fmlit.sampling.grids import EDMGrid
+from fmlit.sampling.grids import EDMGrid, LogitSNRGrid
+from fmlit.solvers.records import SOLVERS
 
 PATHS = [CondOTPath(), CosinePath(), PolynomialPath(2.0), VPPath()]
 
@@ -129,6 +130,20 @@ def test_churn_stays_below_the_first_noise_level_of_the_path() -> None:
     assert first == 0.0
     raised = x0 / path.alpha(times[0]) + (sigma**2 - path.sigma(times[0]) ** 2).sqrt() * xi
     torch.testing.assert_close(x, alpha * raised, rtol=1e-9, atol=1e-9)
+
+
+def test_order_without_added_noise() -> None:
+    path, oracle, steps = CosinePath(), mixture(), [64, 128, 256]
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        return oracle.velocity(x, path, t)
+
+    grids = {n: LogitSNRGrid(0.002, 80.0).times(path, n + 1) for n in [*steps, 768]}
+    x0 = path.beta(grids[64][0]) * normal(8, 2)
+    reference = solvers.rk4(field, x0, grids[768])
+    errors = [(solvers.churn(field, x0, grids[n], path, s_churn=0.0) - reference).norm().item() for n in steps]
+    slope = stats.linregress([math.log(n) for n in steps], [math.log(e) for e in errors]).slope
+    assert -slope == pytest.approx(SOLVERS["churn"].order, abs=0.2)
 
 
 @pytest.mark.parametrize(
