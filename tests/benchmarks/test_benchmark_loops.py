@@ -152,7 +152,7 @@ def test_the_setup_builds_what_train_builds(tmp_path):
         assert cli.datamodule.batch_size == 6
         work = Workload.of(cli, CPU)
         assert work.mixed
-        assert (work.clip, work.half_lives, work.learning_rate) == (1.0, (100, 200), cli.model.learning_rate)
+        assert (work.clip, work.half_lives, work.learning_rate) == (1.0, (100, 200), cli.model.optimizer.learning_rate)
         folder = cli.run_folder.path
         assert folder.exists()
     assert not folder.exists()
