@@ -13,7 +13,7 @@ from torch._inductor import config as inductor
 from fmlit.core.randomness import image_seeds
 from fmlit.models.compilation import Execution, compile_net
 from fmlit.sampling.samplers import ODESampler
-from fmlit.storage import checkpoints
+from fmlit.storage.loading import load_model
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint
 from tests.helpers.small_runs import digits_module, fit, tiny_mlp, tiny_unet, weights
@@ -60,7 +60,7 @@ def test_training_sampling_and_checkpoints(tmp_path):
     fit(compiled, tmp_path / "compiled", 4, ema, Checkpoint(every=48))
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(compiled)[name], value, rtol=1e-3, atol=1e-5)
-    saved = checkpoints.load_model(tmp_path / "compiled" / "checkpoints" / "last.ckpt", "ema_100")
+    saved = load_model(tmp_path / "compiled" / "checkpoints" / "last.ckpt", "ema_100")
     seeds, sampler = image_seeds(0, range(4)), ODESampler("euler", 3)
     drawn = sampler.sample(ema.model(compiled), seeds, LABELS)
     torch.testing.assert_close(sampler.sample(saved, seeds, LABELS), drawn, rtol=1e-3, atol=1e-3)
