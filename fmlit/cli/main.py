@@ -65,7 +65,7 @@ def _run(name: str, options: Sequence[str]) -> None:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:10}{command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:11}{command.summary}" for name, command in COMMANDS.items())
     return f"""usage: fmlit COMMAND [--KEY VALUE ...]
 
 {(fmlit.__doc__ or "").splitlines()[0]}
