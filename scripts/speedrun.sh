@@ -1,18 +1,19 @@
 #!/bin/bash
-# One piece of the CIFAR-10 speedrun (docs/speedrun.md): train for so many minutes, score, and pack what is worth keeping.
+# Run one piece of the CIFAR-10 speedrun (docs/speedrun.md): train for some minutes, score, and pack what is worth keeping.
 #
 #   scripts/speedrun.sh OUT MINUTES [option of train.py ...]
 #
-# For a GPU that is lent by the piece. The same command goes on where the last piece stopped while runs/speedrun is there;
-# on a fresh machine WEIGHTS names a folder with the files of an earlier OUT, and training starts from these weights.
-# OUT gets weights in float16 (files of at most 15 MB), a picture, and speedrun.tar.gz with settings, metrics and scores.
+# Use it on a GPU that you get for a limited time. As long as runs/speedrun exists, the same command continues where the
+# last piece stopped. On a fresh machine, set WEIGHTS to a folder with the files of an earlier OUT to start from them.
+# OUT gets the weights in float16 (files of at most 15 MB), a picture, and speedrun.tar.gz with settings, metrics and scores.
 #
-#   IMAGES=7680000    length of the run, from which decay and milestones follow
+#   IMAGES=7680000    length of the run; decay and milestones follow from it
 #   WEIGHTS=FOLDER    start from these weights
-#   N=50000           samples of the citable FID; SWEEP=5000 samples of each guided setting
+#   N=50000           samples for the FID that can be cited
+#   SWEEP=5000        samples for each guided setting
 #   GUIDANCE=1.3,1.6,2.0
 #   PYTHON=python     interpreter
-#   REHEARSE=1        everything in a few minutes on a CPU, with a tiny network: look before you lease
+#   REHEARSE=1        run everything in a few minutes on a CPU, with a tiny network, before you pay for a GPU
 set -euo pipefail
 out=${1:?usage: speedrun.sh OUT MINUTES [option of train.py ...]}; minutes=${2:?usage: speedrun.sh OUT MINUTES}; shift 2
 mkdir -p "$out"; out=$(realpath "$out"); start=()
@@ -37,22 +38,22 @@ fi
 say() { printf '\n== %s (%d s)\n' "$*" $SECONDS; }
 
 say "training, $minutes minutes at most"
-status=0 # asked to end, training saves and ends with 143
+status=0 # SIGTERM makes training save and end with 143
 timeout --preserve-status --signal TERM --kill-after 90 "${minutes}m" \
   "$python" scripts/train.py "${recipe[@]}" --name "$name" --resume auto "${start[@]}" "$@" || status=$?
-run=runs/$name # 137: it was killed while it saved, and an earlier checkpoint is there
+run=runs/$name # 137: it was killed while it saved; an earlier checkpoint is enough
 [ $status = 0 ] || [ $status = 143 ] || { [ $status = 137 ] && [ -e "$run/checkpoints/last.ckpt" ]; }
 
 say "what is worth keeping"
 rm -rf "$run/export"
 "$python" scripts/export.py --checkpoint "$run" --dtype float16 --shard_mb 15 --out "$run/export"
-rm -rf "$run/export/diffusers" "$run/export/README.md" "$out/weights" # nothing twice
+rm -rf "$run/export/diffusers" "$run/export/README.md" "$out/weights" # keep nothing twice
 mv "$run/export" "$out/weights"
 picture=$(find "$run" -path "*/samples/*.png" | sort | tail -1)
 [ -z "$picture" ] || cp "$picture" "$out/samples.png"
 
 pack() { (cd "$run" && tar czf "$out/speedrun.tar.gz" $(ls -d config.yaml metrics.csv samples evaluation 2>/dev/null)); }
-pack # now, in case that time runs out
+pack # now, in case the time runs out
 
 score() { "$python" scripts/evaluate.py --checkpoint "$run" --out "$run/evaluation" "${scored[@]}" "$@"; pack; }
 say "FID of $n samples, for each average"
