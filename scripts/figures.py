@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/course.md, from a clone; see ``--help``."""
+"""Draw the pictures of the documentation, from a clone; see ``--help``."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``scripts/figures.py``: the pictures of the course, the table of solver errors, the curves of runs."""
+"""``scripts/figures.py``: the pictures of the documentation, the table of solver errors, the curves of runs."""
 
 import sys
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from docs.draw import images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
+from docs.draw import floors, images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
 from docs.draw.oracle import checkerboard, exact_model
 from fmlit.cli.options import Names
 from fmlit.core.errors import UserError
@@ -30,6 +30,7 @@ EXACT: dict[str, Callable[[], Figure]] = {
     "plane_simulations": plane.plane_simulations,
     "gaussian_to_data": plane.gaussian_to_data,
     "noising": images.noising,
+    "floors": floors.floors,
 }
 TRAINED: dict[str, Callable[[GenerativeModel], Figure]] = {
     "sampling_trajectories": images.sampling_trajectories,
@@ -46,7 +47,7 @@ def figures(
     table: str | None = None,
     curves_of: Names | None = None,
 ) -> dict[str, Any]:
-    """Draw the pictures of docs/course.md from the code itself, the loss curves of runs, or the table of solver errors.
+    """Draw the pictures of docs from the code itself, the loss curves of runs, or the table of solver errors.
 
     Args:
         out: Folder for the pictures; those of the same name are replaced.
