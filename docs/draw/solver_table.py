@@ -123,7 +123,7 @@ class ErrorTable:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines += [
             "",
-            f"{self.samples:,} samples; two independent sets of that size, both exact, are {self.noise:.4f} apart.",
+            f"These are {self.samples:,} samples. Two independent exact sets of this size are {self.noise:.4f} apart.",
         ]
         return "\n".join(lines)
 
@@ -146,25 +146,30 @@ def introduction() -> str:
 
 {solver_list()}
 
-An exponential solver works in the noise level beta / alpha, and uses z or eps of past steps. The order holds for the
-default options: `dpmpp_3m` has order 3 with `corrected`, `ipndm` has order 4 with `variable_step`, and the order of
-`unipc` is its option plus 1. An SDE solver has the weak order shown here where its diffusion does not depend on x, and
-`churn` has order 2 where it adds no noise.
+**Kinds.** An exponential solver works in the noise level beta / alpha, and uses z or eps of past steps.
 
-Set an option with `--solver_options.order 3` in `sample.py`, with `options: {{order: 3}}` of a sampler in a recipe, and
-with `options={{"order": 3}}` in Python.
+**Orders** hold for the default options. With `corrected`, `dpmpp_3m` has order 3. With `variable_step`, `ipndm` has
+order 4. The order of `unipc` is its `order` option plus 1. SDE solvers show their weak order, for a diffusion that does
+not depend on x. `churn` has order 2 if it adds no noise.
+
+You can set an option in three places:
+
+* on the command line, for `fmlit sample` and `fmlit evaluate`: `--solver_options.order 3`
+* in the sampler of a recipe: `options: {{order: 3}}`
+* in Python: `options={{"order": 3}}`
 
 ## Solvers at equal cost
 
-Sliced 2-Wasserstein distance to the samples of dopri5 at a tolerance of 1e-6, in the units of the data, at the most
-steps that take no more than the given number of evaluations of the field (the closing denoising step included).
+The tables show the error of each solver for a given number of evaluations of the field. The error is the sliced
+2-Wasserstein distance to the samples of dopri5 at a tolerance of 1e-6, in the units of the data. Each solver takes as
+many steps as the evaluations allow, including the closing denoising step. The smallest error of each column is bold.
 
-* Every solver on the best of three grids: {grids}.
-* ODE solvers start from the same noise as the reference, so that 0 is within reach.
-* SDE solvers (sigma_t = beta_t; churn with its defaults) draw their own. They cannot come closer than two independent
-  sets of samples are to each other, up to chance.
+* The letter names the best of three grids for each solver: {grids}.
+* ODE solvers start from the same noise as the reference, so they can reach 0.
+* SDE solvers (sigma_t = beta_t; churn with its defaults) draw their own noise. Apart from chance, they cannot get
+  closer than two independent sets of samples are to each other.
 
-Made by `python scripts/figures.py --table FILE [--checkpoint RUN]`."""
+`python scripts/figures.py --table FILE [--checkpoint RUN]` makes these tables."""
 
 
 def page(tables: Sequence[ErrorTable]) -> str:
