@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ def file_errors(path: str | Path) -> Iterator[None]:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Atomically replace ``path`` when the block ends. If the block fails, ``path`` stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a move is atomic only within a folder
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # a move is atomic only within a folder
     try:
         with open(temporary, "wb") as file:
             yield file

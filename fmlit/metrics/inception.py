@@ -14,7 +14,6 @@ from fmlit.metrics.features import Features, read_weights, weights_digest
 
 VARIABLE = "FMLIT_INCEPTION"
 DEFAULT = Path("weights/inception.pth")
-CPU_CHUNK = 16  # images at a time on a CPU: what stays in its caches; 100 at a time were a third slower
 # The first features of the image in `_probe`: a network of the same shape with other weights is not the one of 2015.
 PROBE = (0.2887, 0.5375, 0.1259, 0.1339, 0.0876, 0.2861, 0.1795, 0.0525)
 
@@ -42,9 +41,7 @@ class InceptionFeatures(Features):
         self.weights = weights
         self._path = weights or os.environ.get(VARIABLE) or (str(DEFAULT) if DEFAULT.is_file() else None)
         if self._path and not Path(self._path).is_file():
-            raise UserError(
-                f"there is no Inception weights file {self._path} (InceptionFeatures.weights, or ${VARIABLE})"
-            )
+            raise UserError(f"no Inception weights file {self._path} (InceptionFeatures.weights, or ${VARIABLE})")
 
     @functools.cached_property
     def _loaded(self) -> tuple[nn.Module, str]:
@@ -66,11 +63,7 @@ class InceptionFeatures(Features):
         return super().to(device)
 
     def extract(self, images: Tensor) -> Tensor:
-        if images.shape[1] not in (1, 3):
-            raise UserError(f"Inception takes grey or RGB images, got {images.shape[1]} channels")
-        images = images.expand(-1, 3, -1, -1)
-        chunks = images.split(CPU_CHUNK if images.device.type == "cpu" else len(images))
-        return torch.cat([self._loaded[0](chunk)[0] for chunk in chunks])
+        return torch.cat([self._loaded[0](chunk)[0] for chunk in self.rgb_chunks(images)])
 
 
 def _probe() -> Tensor:

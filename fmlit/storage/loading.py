@@ -69,9 +69,7 @@ def _load_checkpoint(path: Path, weights: str, trust: Sequence[str]) -> Generati
     if "model_description" not in checkpoint:
         raise UserError(f"checkpoint {path} does not describe its model: it was not written by an fmlit module")
     try:
-        model = descriptions.build(checkpoint["model_description"], trust)
-        if not isinstance(model, GenerativeModel):
-            raise UserError(f"it describes a {type(model).__qualname__}, not a GenerativeModel")
+        model = descriptions.build(checkpoint["model_description"], trust, GenerativeModel)
         state = _select_weights(checkpoint, weights)
         _check_fit(state, model.net.state_dict())
     except (AttributeError, TypeError, ValueError) as error:
@@ -114,9 +112,6 @@ def training_data(checkpoint: Path | None, trust: Sequence[str] = ()) -> DataMod
     if checkpoint.is_dir():
         raise UserError(f"{checkpoint} is an export, which does not name its training data; give them by --data")
     try:
-        data = descriptions.build(checkpoints.load(checkpoint).get("data_description", {}), trust)
-        if not isinstance(data, DataModule):
-            raise UserError(f"it describes a {type(data).__qualname__}, not data")
+        return descriptions.build(checkpoints.load(checkpoint).get("data_description", {}), trust, DataModule)
     except ValueError as error:
         raise UserError(f"the training data of {checkpoint} cannot be built ({error}); give them by --data") from error
-    return data
