@@ -136,12 +136,8 @@ class NetworkFeatures(Features):
 
     def __init__(self, module: nn.Module, name: str) -> None:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in ("inception", "pixels"):
-            raise UserError(
-                f"NetworkFeatures.name must be lower-case letters, digits and '_', and neither 'inception' nor "
-                f"'pixels', got {name!r}"
-            )
-        self.module = module.eval()
-        self.name = name
+            raise UserError(f"NetworkFeatures.name takes a-z, 0-9 and '_', not 'inception' or 'pixels', got {name!r}")
+        self.module, self.name = module.eval(), name
         self._fingerprint = weights_digest(module.state_dict())
 
     @property

@@ -141,10 +141,7 @@ class ImageQuality:
         if self.count < 2:
             raise UserError(f"image quality needs at least 2 generated images, got {self.count}")
         if self._brightest <= 1:
-            warnings.warn(
-                "no pixel of the generated images is brighter than 1 of 255: were images in [0, 1] cast to uint8?",
-                stacklevel=2,
-            )
+            warnings.warn("no pixel is brighter than 1 of 255: were images in [0, 1] cast to uint8?", stacklevel=2)
         scores: dict[str, float] = {}
         with self._meter.timing("distances"):
             for reference in self.references:
@@ -159,7 +156,13 @@ class ImageQuality:
     def _scores(self, reference: Reference) -> dict[str, float]:
         scores, name, device = {}, self.features.name, self.features.device
         if "fid" in self.metrics:
-            self._warn_of_deficient_rank(reference)
+            fewest, dimension = min(self.count, reference.count), self.statistics.dimension
+            if fewest <= dimension:
+                warnings.warn(
+                    f"a Fréchet distance from {fewest} images in {dimension} dimensions: the covariance is "
+                    "rank-deficient and the value far above that of more images; compare it at equal counts only",
+                    stacklevel=3,
+                )
             scores[metric_key("fid", name, self.count)] = frechet_distance(self.statistics, reference)
         real = reference.features.to(device)
         rows = self._rows.rows[: len(real)].to(device)
@@ -169,15 +172,6 @@ class ImageQuality:
             both = precision_recall(rows, real[: len(rows)])._asdict()  # at equal counts: both depend on them
             scores |= {metric_key(key, name, len(rows)): value for key, value in both.items() if key in self.metrics}
         return scores
-
-    def _warn_of_deficient_rank(self, reference: Reference) -> None:
-        fewest, dimension = min(self.count, reference.count), self.statistics.dimension
-        if fewest <= dimension:
-            warnings.warn(
-                f"a Fréchet distance from {fewest} images in {dimension} dimensions: the covariance is rank-deficient "
-                "and the value far above that of more images; compare it at equal counts only",
-                stacklevel=4,
-            )
 
     def protocol(self, weights: str = "", sampler: str = "") -> Protocol:
         """How the Fréchet distance to the first reference was measured; see ``Protocol`` for the arguments."""

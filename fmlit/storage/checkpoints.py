@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from fmlit.core.errors import FileError, UserError
-from fmlit.core.files import Hash, HashingWriter, atomic_write, read_hashes, sha256, write_hashes
+from fmlit.core.files import HashingWriter, atomic_write, read_hashes, sha256, write_hashes
 from fmlit.storage.run_folder import LAST
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _recorded(path: Path) -> list[str]:
 
 
 def _record(path: Path, digests: list[str]) -> None:
-    write_hashes(_sidecar(path), [Hash(digest, path.name) for digest in digests])
+    write_hashes(_sidecar(path), [(digest, path.name) for digest in digests])
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fmlit
 from fmlit.core.errors import UserError
-from fmlit.core.files import Hash, read_hashes, sha256, write_hashes
+from fmlit.core.files import read_hashes, sha256, write_hashes
 from fmlit.flows.predictions import Velocity
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.models.time_embedding import TIME_SCALE
@@ -66,7 +66,7 @@ def save(
     written = sorted(folder.rglob("*.safetensors"))
     for path in written:  # which safetensors creates for the owner's eyes only
         path.chmod((folder / "README.md").stat().st_mode)
-    write_hashes(folder / HASHES, [Hash(sha256(path), path.relative_to(folder).as_posix()) for path in written])
+    write_hashes(folder / HASHES, [(sha256(path), path.relative_to(folder).as_posix()) for path in written])
 
 
 def _stored(name: str, tensor: Tensor, dtype: DType) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 
-from fmlit.data import DataModule, TwoPoints
+from fmlit import DataModule, TwoPoints
 from fmlit.data.stores import InMemoryDataset
 from fmlit.data.order import GlobalBatchSampler, RankSlice, TrainingOrder
 

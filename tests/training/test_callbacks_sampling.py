@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fmlit import Moons
 from fmlit.core.randomness import image_seeds
-from fmlit.data import Moons
 from fmlit.flows.couplings import OptimalTransportCoupling
 from fmlit.metrics import ImageQuality
 from fmlit.sampling.samplers import ChurnSampler, ODESampler, SDESampler
