@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+from benchmarks.budget import affordable_steps
 from benchmarks.outcome import Outcome, Report
 from benchmarks.rounds import now, rates, run_rounds
 from benchmarks.training import built
@@ -10,7 +11,6 @@ from benchmarks.workload import Setup
 from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_seeds
 from fmlit.models.generative_model import GenerativeModel
-from fmlit.sampling.budget import affordable_steps
 from fmlit.sampling.build import build_sampler
 from fmlit.sampling.generate import balanced_labels
 from fmlit.sampling.grids import UniformGrid

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.budget import affordable_steps
 from fmlit import solvers
 from fmlit.core.errors import UserError
 from fmlit.core.randomness import image_noise, image_seeds
@@ -15,7 +16,6 @@ from fmlit.core.tensors import expand_time
 from fmlit.flows.predictions import Velocity
 from fmlit.flows.times import sampling_limits
 from fmlit.models.generative_model import GenerativeModel, evaluation_mode
-from fmlit.sampling.budget import affordable_steps
 from fmlit.sampling.build import build_sampler
 from fmlit.sampling.generate import balanced_labels
 from fmlit.sampling.grids import EDMGrid, Grid, LogitSNRGrid, UniformGrid

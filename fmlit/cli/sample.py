@@ -192,7 +192,7 @@ def choose_classes(
         return None
     if labels is None:
         return torch.arange(model.num_classes)
-    names: list[str] = []
+    names: Sequence[str] = []
     if not all(label.isdecimal() for label in labels):
         names = [] if file.is_dir() else training_data(file, trust).class_names or []  # an export has none
     ids = [int(label) if label.isdecimal() else names.index(label) if label in names else -1 for label in labels]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fmlit.cli.options import Names, choose_device, processes
 from fmlit.core.errors import UserError
-from fmlit.data import DataModule
+from fmlit.data.data_module import DataModule
 from fmlit.evaluation.scoring import Scorer, choose_features
 from fmlit.metrics import Features
 from fmlit.storage.loading import training_data

@@ -4,20 +4,14 @@ import hashlib
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from fmlit.core.errors import FileError, UserError
 from fmlit.core.processes import ProcessGroup
-
-
-class Hash(NamedTuple):
-    """A line of ``sha256sum``: 64 hexadecimal digits and the name of the file."""
-
-    digest: str
-    name: str
 
 
 @contextmanager
@@ -36,7 +30,7 @@ def file_errors(path: str | Path) -> Iterator[None]:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Atomically replace ``path`` when the block ends. If the block fails, ``path`` stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a move is atomic only within a folder
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # a move is atomic only within a folder
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -69,14 +63,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_hashes(path: Path) -> list[Hash]:
-    """Read the lines of a file of hashes. A missing file, or one without such lines, gives an empty list."""
+def read_hashes(path: Path) -> list[tuple[str, str]]:
+    """Read the (hash, name) pairs of a file of ``sha256sum``. A file that is missing, or something else, holds none."""
     text = path.read_text(errors="replace") if path.exists() else ""
-    return [Hash(*line) for line in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)]
+    return re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)
 
 
-def write_hashes(path: Path, hashes: Iterable[Hash]) -> None:
-    """Atomically write a file of hashes."""
+def write_hashes(path: Path, hashes: Iterable[tuple[str, str]]) -> None:
+    """Atomically write (hash, name) pairs as ``sha256sum`` does."""
     with atomic_write(path) as file:
         file.write("".join(f"{digest}  {name}\n" for digest, name in hashes).encode())
 

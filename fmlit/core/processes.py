@@ -33,16 +33,11 @@ class ProcessGroup:
             return ProcessGroup()
         return ProcessGroup(dist.get_rank(group), dist.get_world_size(group), group)
 
-    def _device(self) -> torch.device:
-        """Where the group's backend wants its tensors."""
-        on_cpu = "gloo" in dist.get_backend(self.group)
-        return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks of tensors of one shape and type, on the device of this rank's own."""
         if self.size == 1:
             return tensor
-        total = tensor.to(self._device(), copy=True)
+        total = tensor.to("cpu" if "gloo" in dist.get_backend(self.group) else "cuda", copy=True)
         dist.all_reduce(total, group=self.group)
         return total.to(tensor.device)
 
@@ -58,14 +53,9 @@ class ProcessGroup:
         """The rows (n_r, *shape) of all ranks below each other, in rank order. n_r may differ and may be 0."""
         if self.size == 1:
             return rows
-        shapes = self.gather_objects(tuple(rows.shape))
-        longest = max(shapes, key=lambda shape: shape[0])
-        padded = torch.zeros(longest, dtype=rows.dtype, device=self._device())  # collectives want one shape
-        if len(rows):
-            padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in shapes]
-        dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[: shape[0]] for part, shape in zip(parts, shapes, strict=True)]).to(rows.device)
+        parts = self.gather_objects(rows.cpu())
+        filled = [part for part in parts if len(part)]  # a rank without rows does not know their shape
+        return torch.cat(filled or parts[:1]).to(rows.device)
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:

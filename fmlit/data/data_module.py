@@ -2,29 +2,22 @@
 
 import signal
 from abc import ABC, abstractmethod
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from fmlit.core.errors import UserError
 from fmlit.core.internals import replaces_sampler
 from fmlit.core.tensors import from_uint8
-from fmlit.data.order import GlobalBatchSampler, TrainingOrder
+from fmlit.data.order import GlobalBatchSampler, RankSlice, TrainingOrder
 from fmlit.data.resident import ResidentDataset, resident
-from fmlit.data.stores import LabeledDataset, TrainingView, as_is
+from fmlit.data.stores import LabeledDataset, TrainingView
 
 Split = Literal["train", "test"]
-
-
-class RankSlice(NamedTuple):
-    """What this process takes of a global micro-batch: slice ``rank`` of ``world_size`` slices of ``size`` images."""
-
-    size: int
-    rank: int
-    world_size: int
 
 
 class DataModule(LightningDataModule, ABC):
@@ -39,7 +32,7 @@ class DataModule(LightningDataModule, ABC):
     """
 
     shape: tuple[int, ...]  # of one item: (C, H, W) for images, (D,) for vectors
-    class_names: list[str] | None = None  # by class id; None for data without classes
+    class_names: Sequence[str] | None = None  # by class id; None for data without classes
     horizontal_flip: bool = False
     num_workers: int = 0  # in memory, a batch is one indexing operation: worker processes would only copy it
 
@@ -47,8 +40,7 @@ class DataModule(LightningDataModule, ABC):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        self.batch_size = batch_size
-        self.seed = seed
+        self.batch_size, self.seed = batch_size, seed
         self._datasets: dict[Split, LabeledDataset] = {}
         self._resident: ResidentDataset | None = None
 
@@ -80,24 +72,17 @@ class DataModule(LightningDataModule, ABC):
         data fit on the accelerator they are copied there, and batches hold rows and flips until then.
 
         Raises:
-            UserError: see ``share``.
+            UserError: see ``rank_slice``.
         """
-        share = self.rank_slice()
-        dataset = self.dataset("train")
-        sampler = GlobalBatchSampler(
-            TrainingOrder(len(dataset), self.seed),
-            share.size,
-            share.rank,
-            share.world_size,
-            self.horizontal_flip,
-            self._images_seen,
-        )
+        part, dataset = self.rank_slice(), self.dataset("train")
+        order = TrainingOrder(len(dataset), self.seed)
+        sampler = GlobalBatchSampler(order, part, self.horizontal_flip, self._images_seen)
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         self._resident = resident(dataset, device)
         return DataLoader(
             self._resident or TrainingView(dataset),
             batch_sampler=sampler,
-            collate_fn=as_is,
+            collate_fn=default_convert,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=_outlive_preemption,
@@ -114,8 +99,7 @@ class DataModule(LightningDataModule, ABC):
         return {**batch, "data": from_uint8(data) if data.dtype == torch.uint8 else data}
 
     def _images_seen(self) -> int:
-        module = None if self.trainer is None else self.trainer.lightning_module
-        return int(getattr(module, "images_seen", 0))
+        return int(getattr(self.trainer and self.trainer.lightning_module, "images_seen", 0))
 
     def rank_slice(self) -> RankSlice:
         """This process's part of a global micro-batch.
@@ -129,10 +113,7 @@ class DataModule(LightningDataModule, ABC):
         world_size, accumulated = trainer.world_size, trainer.accumulate_grad_batches
         # Lightning's own error names a sampler that the user has never seen.
         if world_size > 1 and replaces_sampler(trainer):
-            raise UserError(
-                "pass Trainer(use_distributed_sampler=False): the data module already deals images to the "
-                f"{world_size} processes"
-            )
+            raise UserError("pass Trainer(use_distributed_sampler=False): the data module deals images to processes")
         parts = world_size * accumulated
         if self.batch_size % parts:
             below = self.batch_size // parts * parts

@@ -1,7 +1,10 @@
 """Picture files of any origin to square uint8 RGB tensors; a broken file is named, and none can execute anything."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +42,19 @@ def _leads_back(folder: Path, above: list[str]) -> bool:
     return folder.is_symlink() and any(Path(place).is_relative_to(os.path.realpath(folder)) for place in above)
 
 
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[Any]:
+    """The Pillow image in a file. Whatever fails inside the block becomes a ``FileError`` that names the file."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            yield image
+    except Exception as error:  # a decoder of arbitrary bytes may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileError(f"cannot read the picture {path} ({reason}): repair or remove it") from error
+
+
 def read_picture(path: str | Path, size: int) -> Tensor:
     """One picture as uint8 (3, size, size): upright by its EXIF tag, on white where transparent, the central square.
 
@@ -50,12 +66,8 @@ def read_picture(path: str | Path, size: int) -> Tensor:
     import numpy as np
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            square = ImageOps.fit(_to_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.LANCZOS)
-    except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileError(f"cannot read the picture {path} ({reason}): repair or remove it") from error
+    with open_picture(path) as image:
+        square = ImageOps.fit(_to_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 

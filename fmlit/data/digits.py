@@ -17,10 +17,7 @@ class Digits(DataModule):
     """
 
     shape = (1, 8, 8)
-
-    def __init__(self, batch_size: int = 128, seed: int = 0) -> None:
-        super().__init__(batch_size, seed)
-        self.class_names = [str(digit) for digit in range(10)]
+    class_names = tuple("0123456789")
 
     def load(self, split: Split) -> InMemoryDataset:
         from sklearn.datasets import load_digits

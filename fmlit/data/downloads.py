@@ -3,12 +3,16 @@
 import hashlib
 import os
 import tempfile
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 from fmlit.core.errors import UserError
+from fmlit.data.data_module import DataModule
 
 
 @dataclass(frozen=True)
@@ -89,3 +93,39 @@ class OfficialFiles:
 
     def _way_out(self) -> str:
         return f"put the official files into {self.folder}, or train once with download: true"
+
+
+class PublishedData(DataModule):
+    """A published data set that torchvision downloads. A subclass states its ``files``.
+
+    Args:
+        root: Folder that holds the data set's own folder. It may be read-only when the files are there.
+        batch_size: Images per optimizer step, over all ranks and all accumulated batches.
+        seed: Seed of the order in which training sees the images.
+        download: Fetch the files when they are missing.
+    """
+
+    torchvision_name: str
+
+    def __init__(self, root: str = "data", batch_size: int = 128, seed: int = 0, download: bool = True) -> None:
+        super().__init__(batch_size, seed)
+        self.root, self.download = root, download
+        if not download:
+            self.files.check_folder()
+
+    @cached_property
+    @abstractmethod
+    def files(self) -> OfficialFiles:
+        """The official files below ``root``."""
+
+    @property
+    def published(self) -> Any:
+        """torchvision's class of the data set."""
+        import torchvision.datasets
+
+        return getattr(torchvision.datasets, self.torchvision_name)
+
+    def prepare_data(self) -> None:
+        """Download what is missing. Lightning calls this in one process per node."""
+        if self.download:
+            self.files.download_missing(lambda root: self.published(root, download=True))

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmlit.core.errors import FileError, UserError
-from fmlit.data.decoding import FORMATS, find_pictures
+from fmlit.core.errors import UserError
+from fmlit.data.decoding import find_pictures, open_picture
 from fmlit.data.image_folder import PictureFolder
 from fmlit.data.stores import InMemoryDataset, LabeledDataset
 
@@ -49,44 +49,30 @@ def read_images(path: str, shape: Sequence[int]) -> LabeledDataset:
         return _read_npz(path, tuple(shape))
     names = find_pictures(path)
     _check_sizes(path, names, tuple(shape))
-    pictures = PictureFolder(path, names, [0] * len(names), size=shape[1])
-    return pictures if shape[0] == 3 else _GreyPictures(pictures)
+    pictures = PictureFolder if shape[0] == 3 else _GrayPictures
+    return pictures(path, names, [0] * len(names), size=shape[1])
 
 
-class _GreyPictures(LabeledDataset):
-    """Grey pictures that were read as RGB, as one channel."""
-
-    def __init__(self, pictures: PictureFolder) -> None:
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def fingerprint(self) -> str:
-        return self.pictures.fingerprint()
+class _GrayPictures(PictureFolder):
+    """Gray pictures, which are read as RGB, as one channel."""
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        colours, labels = self.pictures.batch(indices)
-        coloured = (colours != colours[:, :1]).flatten(1).any(dim=1)
-        if coloured.any():
-            name = self.pictures.names[indices[int(coloured.nonzero()[0])]]
-            raise UserError(f"{Path(self.pictures.root, name)} is in colour, and the data are grey images")
-        return colours[:, :1], labels
+        rgb, labels = super().batch(indices)
+        colored = (rgb != rgb[:, :1]).flatten(1).any(dim=1)
+        if colored.any():
+            name = self.names[indices[int(colored.nonzero()[0])]]
+            raise UserError(f"{Path(self.root, name)} is in colour, and the data are grey images")
+        return rgb[:, :1], labels
 
 
 def _check_sizes(root: str, names: Sequence[str], shape: tuple[int, ...]) -> None:
     """Reading would resize and crop: an FID of resized images is another number."""
-    from PIL import Image
-
     if shape[0] not in (1, 3) or shape[1] != shape[2]:
         raise UserError(f"images of shape {shape} are read from an .npz, not from a folder of pictures")
     for name in names:
         path = Path(root, name)
-        try:
-            with Image.open(path, formats=FORMATS) as picture:
-                width, height = picture.size
-        except Exception as error:  # a decoder fed with arbitrary bytes may raise anything
-            raise FileError(f"cannot read the picture {path} ({error}): repair or remove it") from error
+        with open_picture(path) as picture:
+            width, height = picture.size
         if (height, width) != shape[1:]:
             raise UserError(
                 f"{path} is {width}x{height} pixels, and the data {shape[2]}x{shape[1]}: images are scored as they are"

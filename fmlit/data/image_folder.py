@@ -25,10 +25,8 @@ class PictureFolder(LabeledDataset):
     """
 
     def __init__(self, root: str, names: Sequence[str], labels: Sequence[int], size: int) -> None:
-        self.root = root
-        self.names = list(names)
+        self.root, self.names, self.size = root, list(names), size
         self.labels = torch.tensor(labels, dtype=torch.int64)
-        self.size = size
 
     def __len__(self) -> int:
         return len(self.names)
@@ -82,23 +80,18 @@ class ImageFolder(DataModule):
             raise UserError(f"size must be at least 1 pixel, got {size}")
         if num_workers < 0:
             raise UserError(f"num_workers must be 0 (read in the training process) or more, got {num_workers}")
-        self.root = root
-        self.size = size
-        self.horizontal_flip = horizontal_flip
-        self.classes = classes
-        self.test_root = test_root
-        self.num_workers = num_workers
-        self.shape = (3, size, size)
+        self.root, self.test_root, self.classes = root, test_root, classes
+        self.size, self.shape = size, (3, size, size)
+        self.horizontal_flip, self.num_workers = horizontal_flip, num_workers
         self._names = find_pictures(root)
         self.class_names = _class_names(root, self._names) if classes else None
 
     def load(self, split: Split) -> PictureFolder:
-        if split == "train":
-            return PictureFolder(self.root, self._names, self._labels(self.root, self._names), self.size)
-        if self.test_root is None:
+        root = self.root if split == "train" else self.test_root
+        if root is None:
             raise UserError("ImageFolder has no test pictures: name their folder with test_root")
-        names = find_pictures(self.test_root)
-        return PictureFolder(self.test_root, names, self._labels(self.test_root, names), self.size)
+        names = self._names if split == "train" else find_pictures(root)
+        return PictureFolder(root, names, self._labels(root, names), self.size)
 
     def _labels(self, root: str, names: Sequence[str]) -> list[int]:
         if self.class_names is None:

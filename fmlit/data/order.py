@@ -6,6 +6,7 @@ and since the position is all there is to know, a run resumes from the number of
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ class TrainingOrder:
     def __init__(self, length: int, seed: int) -> None:
         if length < 1:
             raise UserError(f"a data set needs at least one item to train on, got {length}")
-        self.length = length
-        self.seed = seed
+        self.length, self.seed = length, seed
         self._cached: tuple[int, Tensor] | None = None
 
     def indices(self, start: int, count: int) -> Tensor:
@@ -42,49 +42,44 @@ class TrainingOrder:
         return self._cached[1]
 
 
-class GlobalBatchSampler(Sampler[list[tuple[int, bool]]]):
-    """One rank's share of each global micro-batch, for ever: lists of (index, flip) pairs.
+class RankSlice(NamedTuple):
+    """What one process takes of a global micro-batch: slice ``rank`` of ``world_size`` slices of ``size`` images."""
 
-    A global micro-batch is the next ``share * world_size`` positions of the stream, and rank r takes the slice
-    ``[r * share, (r + 1) * share)``. Flips are drawn for the whole micro-batch and sliced in the same way.
+    size: int
+    rank: int
+    world_size: int
+
+    def of(self, batch: Tensor) -> Tensor:
+        """This rank's rows of a tensor that belongs to the whole micro-batch."""
+        return batch[self.rank * self.size : (self.rank + 1) * self.size]
+
+
+class GlobalBatchSampler(Sampler[list[tuple[int, bool]]]):
+    """One rank's slice of each global micro-batch, for ever: lists of (index, flip) pairs.
+
+    A global micro-batch is the next ``size * world_size`` positions of the stream. Flips are drawn for the whole
+    micro-batch and sliced in the same way.
 
     Args:
         order: the stream.
-        share: images per rank and micro-batch.
-        rank: this process, from 0 to world_size - 1.
-        world_size: number of processes.
+        part: the slice of this rank.
         horizontal_flip: flip each image with probability 1/2.
-        images_seen: gives the position to start from. Asked at the start of every iteration, so that a second
-            iteration (another Lightning epoch, a resumed run) goes on where training stands.
+        images_seen: gives the position to start from. It is called at the start of every iteration, so that a second
+            iteration (another Lightning epoch, a resumed run) continues where training stands.
     """
 
     def __init__(
-        self,
-        order: TrainingOrder,
-        share: int,
-        rank: int,
-        world_size: int,
-        horizontal_flip: bool,
-        images_seen: Callable[[], int],
+        self, order: TrainingOrder, part: RankSlice, horizontal_flip: bool, images_seen: Callable[[], int]
     ) -> None:
-        self.order = order
-        self.share = share
-        self.rank = rank
-        self.world_size = world_size
-        self.horizontal_flip = horizontal_flip
-        self.images_seen = images_seen
+        self.order, self.part, self.horizontal_flip, self.images_seen = order, part, horizontal_flip, images_seen
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        position = self.images_seen()
+        position, total = self.images_seen(), self.part.size * self.part.world_size
         while True:
-            indices = self.order.indices(position + self.rank * self.share, self.share)
-            yield list(zip(indices.tolist(), self._flips(position).tolist(), strict=True))
-            position += self.share * self.world_size
-
-    def _flips(self, position: int) -> Tensor:
-        """bool (share,): which of this rank's images to flip in the micro-batch that starts at ``position``."""
-        if not self.horizontal_flip:
-            return torch.zeros(self.share, dtype=torch.bool)
-        generator = training_generator(self.order.seed, position, "flip")
-        flips = torch.randint(2, (self.share * self.world_size,), generator=generator).bool()
-        return flips[self.rank * self.share : (self.rank + 1) * self.share]
+            indices = self.order.indices(position + self.part.rank * self.part.size, self.part.size)
+            flips = torch.zeros(total, dtype=torch.bool)
+            if self.horizontal_flip:
+                generator = training_generator(self.order.seed, position, "flip")
+                flips = torch.randint(2, (total,), generator=generator).bool()
+            yield list(zip(indices.tolist(), self.part.of(flips).tolist(), strict=True))
+            position += total

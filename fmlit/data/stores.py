@@ -3,7 +3,6 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -56,7 +55,7 @@ class InMemoryDataset(LabeledDataset):
 
 
 class TrainingView(Dataset[dict[str, Tensor]]):
-    """A data set read in whole batches by (index, flip) pairs; a DataLoader hands these over with ``as_is``."""
+    """A data set read in whole batches by (index, flip) pairs, without collation."""
 
     def __init__(self, dataset: LabeledDataset) -> None:
         self.dataset = dataset
@@ -69,11 +68,6 @@ class TrainingView(Dataset[dict[str, Tensor]]):
             flipped = torch.tensor(flips)
             data[flipped] = data[flipped].flip(-1)
         return {"data": data, "labels": labels}
-
-
-def as_is(batch: Any) -> Any:
-    """The collate function for data sets that return whole batches."""
-    return batch
 
 
 def warn_of_uneven_classes(dataset: object) -> None:

@@ -17,8 +17,7 @@ from fmlit.core.processes import ProcessGroup
 from fmlit.core.progress import progress
 from fmlit.core.randomness import training_generator
 from fmlit.core.tensors import expand_time
-from fmlit.data import DataModule
-from fmlit.data.data_module import Split
+from fmlit.data.data_module import DataModule, Split
 from fmlit.data.stores import LabeledDataset
 from fmlit.flows.times import sampling_limits
 from fmlit.metrics import (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fmlit.core.errors import UserError
+from fmlit.core.tensors import check_like
 
 MAX_GROUP_SIZE = 16_384  # 2 GiB of costs. The time is cubic in the size, and takes minutes here.
 
@@ -90,8 +91,7 @@ class OptimalTransportCoupling(Coupling):
         return self.across_ranks or share % self.group_size == 0
 
     def __call__(self, z: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
-        if z.shape != eps.shape:
-            raise UserError(f"z and eps must have one shape, got {tuple(z.shape)} and {tuple(eps.shape)}")
+        check_like(z, eps, "z and eps")
         if labels is not None and labels.shape != z.shape[:1]:
             raise UserError(f"labels must have shape ({len(z)},), got {tuple(labels.shape)}")
         classes = None if labels is None or not self.within_class else labels.cpu()

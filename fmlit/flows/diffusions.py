@@ -131,10 +131,7 @@ def ode_drift(drift: Field, score: Field, diffusion: Field) -> Field:
     ``diffusion`` must not depend on x. Source: Song et al. 2021, equation 13.
     """
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return drift(x, t) - diffusion(x, t) ** 2 / 2 * score(x, t)
-
-    return velocity
+    return sde_drift(drift, lambda x, t: -score(x, t), diffusion)
 
 
 def brownian_motion(sigma: float = 1.0) -> tuple[Field, Field]:

@@ -25,10 +25,9 @@ class BottomKSample:
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+        self.capacity, self._held = capacity, 0
         self._keys: list[Tensor] = []
         self._rows: list[Tensor] = []
-        self._held = 0
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -55,11 +54,9 @@ class BottomKSample:
         return self._rows[0] if self._rows else torch.empty(0, 0)
 
     @torch.inference_mode(False)
-    def reduce(self, group: ProcessGroup | None = None) -> "BottomKSample":
+    def reduce(self, ranks: ProcessGroup) -> "BottomKSample":
         """The sample of all ranks' rows together, the same on each; this object stays as it is."""
-        ranks = group or ProcessGroup.current()
-        total = BottomKSample(self.capacity)
-        rows = self.rows
+        total, rows = BottomKSample(self.capacity), self.rows
         keys = self._keys[0] if self._keys else torch.empty(0, dtype=torch.int64)
         total.update(ranks.gather_rows(keys), ranks.gather_rows(rows))
         return total

@@ -31,11 +31,12 @@ class ClassReader:
         from sklearn.model_selection import train_test_split
         from sklearn.svm import SVC
 
-        pixels, classes = self._pixels(images), self._classes(labels, len(images))
+        if tuple(labels.shape) != (len(images),):
+            raise UserError(f"labels must have shape ({len(images)},), one per image, got {tuple(labels.shape)}")
+        pixels, classes = self._pixels(images), labels.cpu().numpy()
         self.image_shape = tuple(images.shape[1:])
-        fit_x, test_x, fit_y, test_y = train_test_split(
-            pixels, classes, test_size=HELD_OUT, random_state=0, stratify=classes
-        )
+        parts = train_test_split(pixels, classes, test_size=HELD_OUT, random_state=0, stratify=classes)
+        fit_x, test_x, fit_y, test_y = parts
         self._machine = SVC(C=10.0).fit(fit_x, fit_y)  # C of 10 reads digits half a percent better than 1
         self.accuracy = float(self._machine.score(test_x, test_y))
 
@@ -45,19 +46,6 @@ class ClassReader:
             raise UserError(f"images of shape {tuple(images.shape[1:])}; this reader knows {self.image_shape}")
         return torch.from_numpy(self._machine.predict(self._pixels(images)))
 
-    def share_read_as(self, images: Tensor, labels: Tensor) -> float:
-        """Share of the images that are read as the class (B,) that was asked for."""
-        if len(images) == 0:
-            raise UserError("no images to read")
-        asked = self._classes(labels, len(images))
-        return float((self.read(images).numpy() == asked).mean())
-
     @staticmethod
     def _pixels(images: Tensor) -> np.ndarray:
         return from_uint8(images).flatten(1).cpu().numpy()
-
-    @staticmethod
-    def _classes(labels: Tensor, count: int) -> np.ndarray:
-        if tuple(labels.shape) != (count,):
-            raise UserError(f"labels must have shape ({count},), one per image, got {tuple(labels.shape)}")
-        return labels.cpu().numpy()

@@ -11,7 +11,6 @@ from fmlit.metrics.features import NetworkFeatures, read_weights
 NETWORKS = {384: ("vits14", 12), 768: ("vitb14", 12), 1024: ("vitl14", 24)}
 SIDE, PATCH, HEAD = 224, 14, 64  # pixels, pixels, channels of an attention head
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-CPU_CHUNK = 16  # images at a time on a CPU
 
 # Parts of Meta's names, and of torchvision's for the same tensors.
 RENAMED = {
@@ -59,11 +58,8 @@ class DINOv2Features(NetworkFeatures):
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2.functional import normalize, resize
 
-        if images.shape[1] not in (1, 3):
-            raise UserError(f"DINOv2 takes grey or RGB images, got {images.shape[1]} channels")
-        images = images.expand(-1, 3, -1, -1)
         features = []
-        for chunk in images.split(CPU_CHUNK if images.device.type == "cpu" else len(images)):
+        for chunk in self.rgb_chunks(images):
             pixels = resize(chunk, [SIDE, SIDE], InterpolationMode.BICUBIC, antialias=True)  # as Pillow's
             features.append(self.module(normalize(pixels.float() / 255, list(MEAN), list(STD))))
         return torch.cat(features)

@@ -85,12 +85,11 @@ class GaussianStatistics:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def reduce(self, group: ProcessGroup | None = None) -> "GaussianStatistics":
+    def reduce(self, ranks: ProcessGroup) -> "GaussianStatistics":
         """The statistics of all ranks' features together, the same on each; this object stays as it is.
 
-        Two all-reduces: d numbers, then d^2. ProcessGroup without features take part.
+        Two all-reduces: d numbers, then d^2. Ranks without features take part.
         """
-        ranks = group or ProcessGroup.current()
         counts, dimensions = zip(*ranks.gather_objects((self.count, self.dimension)), strict=True)
         if len(set(dimensions) - {0}) > 1:
             raise ValueError(f"ranks hold features of different dimensions {dimensions}")

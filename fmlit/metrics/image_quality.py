@@ -59,23 +59,17 @@ class ImageQuality:
     """
 
     def __init__(
-        self,
-        features: Features,
-        reference: Reference | Sequence[Reference],
-        metrics: Sequence[Metric] = ("fid", "kid"),
+        self, features: Features, reference: Reference | Sequence[Reference], metrics: Sequence[Metric] = ("fid", "kid")
     ) -> None:
         self.features = features
         self.metrics = tuple(metrics)
         self.references = (reference,) if isinstance(reference, Reference) else tuple(reference)
         check_metrics(self.metrics)
         _check_references(self.references, features)
-        self.statistics = GaussianStatistics()
+        self.statistics, self._meter = GaussianStatistics(), Meter(features.device)
         wanted = max(len(r.features) for r in self.references) if set(self.metrics) - {"fid"} else 0
         self._rows = BottomKSample(wanted)
-        self._digest = 0
-        self._brightest = 0
-        self._reduced = False
-        self._meter = Meter(features.device)
+        self._digest, self._brightest, self._reduced = 0, 0, False
 
     @property
     def count(self) -> int:
@@ -147,10 +141,7 @@ class ImageQuality:
         if self.count < 2:
             raise UserError(f"image quality needs at least 2 generated images, got {self.count}")
         if self._brightest <= 1:
-            warnings.warn(
-                "no pixel of the generated images is brighter than 1 of 255: were images in [0, 1] cast to uint8?",
-                stacklevel=2,
-            )
+            warnings.warn("no pixel is brighter than 1 of 255: were images in [0, 1] cast to uint8?", stacklevel=2)
         scores: dict[str, float] = {}
         with self._meter.timing("distances"):
             for reference in self.references:
@@ -163,37 +154,29 @@ class ImageQuality:
         return self._meter.cost(self.count, ProcessGroup.current())
 
     def _scores(self, reference: Reference) -> dict[str, float]:
-        scores = {}
+        scores, name, device = {}, self.features.name, self.features.device
         if "fid" in self.metrics:
-            self._warn_of_deficient_rank(reference)
-            scores[self._key("fid", self.count)] = frechet_distance(self.statistics, reference)
-        device = self.features.device
+            fewest, dimension = min(self.count, reference.count), self.statistics.dimension
+            if fewest <= dimension:
+                warnings.warn(
+                    f"a Fréchet distance from {fewest} images in {dimension} dimensions: the covariance is "
+                    "rank-deficient and the value far above that of more images; compare it at equal counts only",
+                    stacklevel=3,
+                )
+            scores[metric_key("fid", name, self.count)] = frechet_distance(self.statistics, reference)
         real = reference.features.to(device)
         rows = self._rows.rows[: len(real)].to(device)
         if "kid" in self.metrics:
-            scores[self._key("kid", len(rows))] = kernel_distance(rows, real)
+            scores[metric_key("kid", name, len(rows))] = kernel_distance(rows, real)
         if {"precision", "recall"} & set(self.metrics):
             both = precision_recall(rows, real[: len(rows)])._asdict()  # at equal counts: both depend on them
-            scores |= {self._key(name, len(rows)): value for name, value in both.items() if name in self.metrics}
+            scores |= {metric_key(key, name, len(rows)): value for key, value in both.items() if key in self.metrics}
         return scores
-
-    def _key(self, metric: str, n: int) -> str:
-        return metric_key(metric, self.features.name, n)
-
-    def _warn_of_deficient_rank(self, reference: Reference) -> None:
-        fewest, dimension = min(self.count, reference.count), self.statistics.dimension
-        if fewest <= dimension:
-            warnings.warn(
-                f"a Fréchet distance from {fewest} images in {dimension} dimensions: the covariance is rank-deficient "
-                "and the value far above that of more images; compare it at equal counts only",
-                stacklevel=4,
-            )
 
     def protocol(self, weights: str = "", sampler: str = "") -> Protocol:
         """How the Fréchet distance to the first reference was measured; see ``Protocol`` for the arguments."""
-        identity = self.references[0].identity
-        preprocessing = self.features.preprocessing
-        return Protocol(identity.features, self.count, identity.split, preprocessing, identity.flip, weights, sampler)
+        of, preprocessing = self.references[0].identity, self.features.preprocessing
+        return Protocol(of.features, self.count, of.split, preprocessing, of.flip, weights, sampler)
 
 
 def check_metrics(metrics: Sequence[str], n: int | None = None) -> None:

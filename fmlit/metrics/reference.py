@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fmlit.core.errors import UserError
+from fmlit.core.files import atomic_write
 from fmlit.core.processes import ProcessGroup
 from fmlit.metrics.features import Features
 from fmlit.metrics.frechet import GaussianStatistics
@@ -90,26 +89,12 @@ class Reference:
 
         Mean and covariance are stored as ``mu`` and ``sigma``, where pytorch-fid and its relatives look for them.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         header = {"identity": dataclasses.asdict(self.identity), "image_shape": self.image_shape, "count": self.count}
-        temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                np.savez(
-                    file,
-                    header=np.array(json.dumps(header)),
-                    mu=self.mean.numpy(),
-                    sigma=self.covariance.numpy(),
-                    features=self.features.numpy(),
-                    indices=self.indices.numpy(),
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        tensors = {"mu": self.mean, "sigma": self.covariance, "features": self.features, "indices": self.indices}
+        arrays = {"header": np.array(json.dumps(header))} | {name: tensor.numpy() for name, tensor in tensors.items()}
+        with atomic_write(Path(path)) as file:
+            np.savez(file, allow_pickle=False, **arrays)
 
     @staticmethod
     def load(path: str | Path) -> "Reference":
@@ -205,7 +190,10 @@ def reference_statistics(
     mean, covariance = statistics.mean.cpu(), statistics.covariance.cpu()
     reference = Reference(identity, images.shape, statistics.count, mean, covariance, rows[order], indices[order])
     if ranks.rank == 0:
-        _store(reference, path)
+        try:
+            reference.save(path)
+        except OSError as error:
+            warnings.warn(f"the reference statistics are not cached, {path} cannot be written: {error}", stacklevel=2)
     return reference
 
 
@@ -221,13 +209,6 @@ def _cached(path: Path, identity: Identity) -> Reference | None:
     if reference.identity != identity:
         raise UserError(f"{path} holds statistics of {reference.identity} instead of {identity}: delete it")
     return reference
-
-
-def _store(reference: Reference, path: Path) -> None:
-    try:
-        reference.save(path)
-    except OSError as error:
-        warnings.warn(f"the reference statistics are not cached, {path} cannot be written: {error}", stacklevel=2)
 
 
 def _accumulate(

@@ -1,7 +1,6 @@
 """``torch.compile`` for a network, in place: its parameters keep their names, and a failure ends in plain PyTorch."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,9 +37,7 @@ class Execution:
         if not self.channels_last:
             return
         if any(p.ndim == 5 for p in net.parameters()):
-            raise UserError(
-                "model.execution.channels_last is for images, and this network has kernels of three dimensions"
-            )
+            raise UserError("model.execution.channels_last is for images; this network has kernels of three dimensions")
         net.to(memory_format=torch.channels_last)
 
     def compile_net(self, net: nn.Module) -> None:
@@ -61,28 +58,22 @@ def compile_net(net: nn.Module, mode: CompileMode) -> None:
         mode: of ``torch.compile``; "reduce-overhead" and "max-autotune" use CUDA graphs.
     """
     compile_backward_early()
-    compiled = torch.compile(plain_call(net), mode=mode, dynamic=False)
-    replace_call(net, _OrPlain(net, compiled, mode in CUDA_GRAPHS))
+    plain, failed = plain_call(net), False
+    compiled = torch.compile(plain, mode=mode, dynamic=False)
 
-
-class _OrPlain:
-    """Calls the compiled network; the plain one after the compiler has failed.
-
-    A CUDA graph writes every output into the same memory, and solvers hold on to earlier ones: ``copies`` are made.
-    """
-
-    def __init__(self, net: nn.Module, compiled: Callable[..., Any], copies: bool) -> None:
-        self.net, self.compiled, self.copies, self.failed = net, compiled, copies, False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.failed:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal failed
+        if not failed:
             try:
-                output = self.compiled(*args, **kwargs)
-                return output.clone() if self.copies else output
+                output = compiled(*args, **kwargs)
+                # A CUDA graph writes every output into the same memory, and solvers keep earlier ones.
+                return output.clone() if mode in CUDA_GRAPHS else output
             except Exception as error:
                 if not is_compiler_error(error):
                     raise
-                self.failed = True
+                failed = True
                 reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
                 log.warning("torch.compile failed (%s: %s); going on without it", type(error).__name__, reason)
-        return plain_call(self.net)(*args, **kwargs)
+        return plain(*args, **kwargs)
+
+    replace_call(net, call)

@@ -12,16 +12,22 @@ A name holds the method, the steps, and what differs from the sampler's defaults
 import re
 from dataclasses import fields, is_dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from fmlit.sampling.guidance import WHOLE_CLOCK
+from fmlit.sampling.guidance import WHOLE_CLOCK, Interval
 from fmlit.solvers.records import SOLVERS
 
-if TYPE_CHECKING:
-    from fmlit.sampling.samplers import Sampler
+
+class Settings(Protocol):
+    """The settings that every sampler has."""
+
+    method: str
+    steps: int
+    guidance: float
+    guidance_interval: Interval
 
 
-def sampler_name(sampler: "Sampler", guided: bool = False) -> str:
+def sampler_name(sampler: Settings, guided: bool = False) -> str:
     """The name of a sampler, with or without a guide."""
     record = SOLVERS.get(sampler.method)  # none of a method that somebody else wrote
     steps = "" if record is not None and record.evaluations is None else sampler.steps

@@ -21,7 +21,7 @@ from fmlit.models.generative_model import GenerativeModel, evaluation_mode
 from fmlit.sampling.grids import EDMGrid, Grid, UniformGrid
 from fmlit.sampling.guidance import WHOLE_CLOCK, Interval, check_guidance, check_labels, guided_velocity
 from fmlit.sampling.names import sampler_name
-from fmlit.solvers.records import SOLVERS, Option, solver_names
+from fmlit.solvers.records import SOLVERS, Kind, Option, solver_names
 from fmlit.solvers.sde import NoiseSource
 
 if TYPE_CHECKING:
@@ -49,14 +49,24 @@ class Sampler(ABC):
     guidance_interval: Interval = WHOLE_CLOCK
     precision: Precision = "float32"
     stochastic: ClassVar[bool] = False  # whether it follows the score, too
+    kinds: ClassVar[tuple[Kind, ...]] = ()  # of the solvers that it can use; empty for a method of its own
 
     def __post_init__(self) -> None:
         """Find mistakes now, and not at the first sample, which training may take hours to reach."""
+        if self.kinds and self.method not in (methods := solver_names(*self.kinds)):
+            raise UserError(f"unknown method {self.method!r}: choose from {', '.join(methods)}")
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
         check_guidance(self.guidance, self.guidance_interval)
         if self.precision not in get_args(Precision):
             raise UserError(f"unknown precision {self.precision!r}: choose from {', '.join(get_args(Precision))}")
+        if self.kinds:
+            SOLVERS[self.method].check_options(self.solver_options)
+
+    @property
+    def solver_options(self) -> dict[str, Option]:
+        """The values of the solver's options."""
+        return {name: getattr(self, name) for name in SOLVERS[self.method].options}
 
     @property
     def name(self) -> str:
@@ -158,6 +168,8 @@ class ODESampler(Sampler):
         options: options of the solver, such as order of unipc; docs/solvers.md lists them.
     """
 
+    kinds = ("ODE", "exponential")
+
     method: ODEMethod = "heun"
     steps: int = 18
     grid: Grid = EDMGrid()
@@ -166,10 +178,9 @@ class ODESampler(Sampler):
     precision: Precision = "float32"
     options: dict[str, Option] = field(default_factory=dict, hash=False)
 
-    def __post_init__(self) -> None:
-        _check_method(self.method, solver_names("ODE", "exponential"))
-        super().__post_init__()
-        SOLVERS[self.method].check_options(self.options)
+    @property
+    def solver_options(self) -> dict[str, Option]:
+        return self.options
 
     def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
@@ -193,7 +204,7 @@ class SDESampler(Sampler):
         precision: arithmetic of the network. bfloat16 is faster on GPUs. The solver computes in float32 either way.
     """
 
-    stochastic = True
+    stochastic, kinds = True, ("SDE",)
 
     sigma: Diffusion = BetaDiffusion()
     method: SDEMethod = "euler_maruyama"
@@ -202,10 +213,6 @@ class SDESampler(Sampler):
     guidance: float = 1.0
     guidance_interval: Interval = WHOLE_CLOCK
     precision: Precision = "float32"
-
-    def __post_init__(self) -> None:
-        _check_method(self.method, solver_names("SDE"))
-        super().__post_init__()
 
     def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
@@ -237,7 +244,7 @@ class ChurnSampler(Sampler):
     """
 
     method = "churn"
-    stochastic = True
+    stochastic, kinds = True, ("churn",)
 
     steps: int = 128
     s_churn: float = 40.0
@@ -249,25 +256,12 @@ class ChurnSampler(Sampler):
     guidance_interval: Interval = WHOLE_CLOCK
     precision: Precision = "float32"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        SOLVERS[self.method].check_options(self._options)
-
-    @property
-    def _options(self) -> dict[str, Option]:
-        return {name: getattr(self, name) for name in SOLVERS[self.method].options}
-
     def integrate(
         self, model: GenerativeModel, velocity: Field, x0: Tensor, times: Tensor, seeds: Tensor, trajectory: bool
     ) -> Tensor:
         noise, steps = _noise_of_images(seeds, model), self.steps  # with the closing step, as EDM counts
         solver = SOLVERS[self.method].function
-        return solver(velocity, x0, times, model.path, noise, trajectory=trajectory, steps=steps, **self._options)
-
-
-def _check_method(method: str, methods: tuple[str, ...]) -> None:
-    if method not in methods:
-        raise UserError(f"unknown method {method!r}: choose from {', '.join(methods)}")
+        return solver(velocity, x0, times, model.path, noise, trajectory=trajectory, steps=steps, **self.solver_options)
 
 
 def _noise_of_images(seeds: Tensor, model: GenerativeModel) -> NoiseSource:

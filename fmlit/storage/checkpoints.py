@@ -8,13 +8,13 @@ import logging
 import os
 import zipfile
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from fmlit.core.errors import FileError, UserError
-from fmlit.core.files import Hash, HashingWriter, atomic_write, read_hashes, sha256, write_hashes
+from fmlit.core.files import HashingWriter, atomic_write, read_hashes, sha256, write_hashes
 from fmlit.storage.run_folder import LAST
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """A verified checkpoint. Raises FileNotFoundError, or a UserError that names the file and what is wrong."""
         if weights_only is False:
             raise UserError(f"checkpoint {path}: weights_only=False could run code from the file; leave it out")
-        return _load(path, map_location)
+        return load(path, map_location, mmap=False)
 
     def remove_checkpoint(self, path: StrPath) -> None:
         """Remove a checkpoint and its sidecar."""
@@ -68,34 +68,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         _sidecar(_local(path)).unlink(missing_ok=True)
 
 
-class Verdict(NamedTuple):
-    """Whether a checkpoint file is what was written, and if not, why; true where it is."""
+def find_damage(path: StrPath) -> str:
+    """What makes a checkpoint file differ from the one that was written. Empty for an intact file.
 
-    valid: bool
-    reason: str = ""
-
-    def __bool__(self) -> bool:
-        return self.valid
-
-
-def verify(path: StrPath) -> Verdict:
-    """Compare a checkpoint with its recorded SHA-256 or, where none is recorded, with its archive's own checksums."""
+    The file is compared with its recorded SHA-256 or, where none is recorded, with its archive's own checksums.
+    """
     path = Path(path)
     if not path.is_file():
-        return Verdict(False, "it is a link to a file that is gone" if path.is_symlink() else "there is no such file")
+        return "it is a link to a file that is gone" if path.is_symlink() else "there is no such file"
     sidecar = _sidecar(path.resolve())
     if sidecar.exists():
         recorded = _recorded(path)
         if not recorded:
-            return Verdict(False, f"{sidecar.name} holds no SHA-256; delete that file if you trust the checkpoint")
-        same = sha256(path) in recorded
-        return Verdict(same, "" if same else f"its SHA-256 is not the one recorded in {sidecar.name}")
+            return f"{sidecar.name} holds no SHA-256; delete that file if you trust the checkpoint"
+        return "" if sha256(path) in recorded else f"its SHA-256 is not the one recorded in {sidecar.name}"
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except Exception as error:  # a damaged archive makes the reader fail in any way
-        return Verdict(False, f"it is truncated or not a checkpoint ({error})")
-    return Verdict(damaged is None, f"its record {damaged} is damaged" if damaged else "")
+        return f"it is truncated or not a checkpoint ({error})"
+    return f"its record {damaged} is damaged" if damaged else ""
 
 
 def newest_valid(folder: StrPath) -> Path:
@@ -109,27 +101,33 @@ def newest_valid(folder: StrPath) -> Path:
     found, skipped = [], 0
     for path in sorted(Path(folder).glob("*.ckpt")):
         try:
-            checkpoint = _read(path, mmap=True)  # the tensors stay on the disk
+            checkpoint = _read(path)  # the tensors stay on the disk
             progress = [int(checkpoint.get(key) or 0) for key in ("images_seen", "global_step")]
             found.append((progress, path.name == LAST, path))
         except (OSError, TypeError, ValueError) as error:
             skipped += 1
             log.warning("skipped a checkpoint: %s", error)
     for _, _, path in sorted(found, reverse=True):
-        verdict = verify(path)
-        if verdict:
+        damage = find_damage(path)
+        if not damage:
             return path
         skipped += 1
-        log.warning("skipped a checkpoint: %s is damaged: %s", path, verdict.reason)
+        log.warning("skipped a checkpoint: %s is damaged: %s", path, damage)
     raise UserError(f"no usable checkpoint in {folder} ({skipped} damaged); start anew, without --resume")
 
 
-def load(path: StrPath) -> dict[str, Any]:
-    """A verified checkpoint, plain data and tensors on the CPU; a tensor is read from the file when it is used.
+def load(path: StrPath, map_location: Any = "cpu", mmap: bool = True) -> dict[str, Any]:
+    """A verified checkpoint: plain data and tensors. With ``mmap``, a tensor is read from the file when it is used.
 
     Raises FileNotFoundError, or a UserError that names the file and what is wrong with it.
     """
-    return _load(path, mmap=True)
+    path = _local(path)
+    damage = find_damage(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} cannot be loaded: {damage}")
+    if damage:
+        raise UserError(f"checkpoint {path} is damaged: {damage}; take another one from {path.parent}")
+    return _read(path, map_location, mmap)
 
 
 def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> str:
@@ -147,17 +145,7 @@ def _save(checkpoint: dict[str, Any], file: IO[bytes]) -> str:
     return writer.sha256.hexdigest()
 
 
-def _load(path: StrPath, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
-    path = _local(path)
-    verdict = verify(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} cannot be loaded: {verdict.reason}")
-    if not verdict:
-        raise UserError(f"checkpoint {path} is damaged: {verdict.reason}; take another one from {path.parent}")
-    return _read(path, map_location, mmap)
-
-
-def _read(path: Path, map_location: Any = "cpu", mmap: bool = False) -> dict[str, Any]:
+def _read(path: Path, map_location: Any = "cpu", mmap: bool = True) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except OSError:
@@ -197,7 +185,7 @@ def _recorded(path: Path) -> list[str]:
 
 
 def _record(path: Path, digests: list[str]) -> None:
-    write_hashes(_sidecar(path), [Hash(digest, path.name) for digest in digests])
+    write_hashes(_sidecar(path), [(digest, path.name) for digest in digests])
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -78,15 +78,16 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def build(description: Description, trust: Sequence[str] = ()) -> Any:
-    """The object that ``describe`` described, newly constructed.
+def build(description: Description, trust: Sequence[str] = (), kind: type = object) -> Any:
+    """The object of this ``kind`` that ``describe`` described, newly constructed.
 
     Only networks, paths, predictions and data modules are built: the public ones of fmlit, those of the packages in
     ``trust``, and ``diffusers.UNet2DModel``. All names are checked before the first import, and all classes before the
     first one is built.
 
     Raises:
-        UserError: a class outside of these, an unknown or unfit argument, or something that is no description.
+        UserError: a class outside of these, an unknown or unfit argument, an object of another kind, or something that
+            is no description.
     """
     if not (isinstance(description, dict) and "class_path" in description):
         raise UserError(f"a description is a dict with class_path and init_args, got {_shorten(description)}")
@@ -97,7 +98,10 @@ def build(description: Description, trust: Sequence[str] = ()) -> Any:
         if not (named and all(part.isidentifier() for part in class_path.split("."))):
             raise _refusal(class_path)
     classes = {class_path: _import(class_path, trust) for class_path in class_paths}
-    return _construct(description, classes)
+    built = _construct(description, classes)
+    if not isinstance(built, kind):
+        raise UserError(f"it describes a {type(built).__qualname__}, not a {kind.__qualname__}")
+    return built
 
 
 def _nested(value: Any) -> Iterator[Description]:

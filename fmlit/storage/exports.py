@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fmlit
 from fmlit.core.errors import UserError
-from fmlit.core.files import Hash, read_hashes, sha256, write_hashes
+from fmlit.core.files import read_hashes, sha256, write_hashes
 from fmlit.flows.predictions import Velocity
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.models.time_embedding import TIME_SCALE
@@ -66,7 +66,7 @@ def save(
     written = sorted(folder.rglob("*.safetensors"))
     for path in written:  # which safetensors creates for the owner's eyes only
         path.chmod((folder / "README.md").stat().st_mode)
-    write_hashes(folder / HASHES, [Hash(sha256(path), path.relative_to(folder).as_posix()) for path in written])
+    write_hashes(folder / HASHES, [(sha256(path), path.relative_to(folder).as_posix()) for path in written])
 
 
 def _stored(name: str, tensor: Tensor, dtype: DType) -> Tensor:
@@ -76,10 +76,8 @@ def _stored(name: str, tensor: Tensor, dtype: DType) -> Tensor:
     if not torch.equal(stored.isinf(), tensor.isinf().cpu()):
         most = torch.finfo(to).max
         wider = [name for name, other in DTYPES.items() if torch.finfo(other).max > most]
-        raise UserError(
-            f"{name} holds weights up to {tensor.abs().max():g}, and {dtype} ends at {most:g}: use "
-            f"{' or '.join(reversed(wider))}"
-        )
+        use = " or ".join(reversed(wider))
+        raise UserError(f"{name} holds weights up to {tensor.abs().max():g}, and {dtype} ends at {most:g}: use {use}")
     return stored
 
 
@@ -96,9 +94,7 @@ def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | s
     """
     folder = Path(folder)
     try:
-        model = descriptions.build(read_description(folder)["model"], trust)
-        if not isinstance(model, GenerativeModel):
-            raise UserError(f"{DESCRIPTION} describes a {type(model).__qualname__}, not a GenerativeModel")
+        model = descriptions.build(read_description(folder)["model"], trust, GenerativeModel)
         model.net.load_state_dict(_read_weights(folder))
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{folder} does not hold an exported model: {' '.join(str(error).split())}") from error
@@ -149,44 +145,49 @@ def readme(model: GenerativeModel, dtype: DType = "float32") -> str:
     if model.num_classes is not None:
         labels = f"It knows the classes 0 to {model.num_classes - 1}; label {model.null_label} stands for none of them."
     stored = "" if dtype == "float32" else f" Its weights are stored in {dtype} and loaded as float32."
-    parts = [
-        "# A generative model",
-        f"Made with fmlit {fmlit.__version__}. Samples have shape {model.shape}; images lie in [-1, 1]. "
-        f"{labels}{stored}",
-        "Time runs from t = 0, noise, to t = 1, data: `x_t = alpha(t) z + beta(t) eps`, with z the data and eps "
-        "standard normal noise.",
-        *(f"`{part}`\n\n{inspect.getdoc(part)}" for part in (model.path, model.prediction)),
-        WITH_FMLIT,
-    ]
-    if isinstance(model.net, UNet):
-        parts += [
-            f"The network itself is in {DIFFUSERS}/, and is given the time t as {TIME_SCALE:g} t.",
-            _with_diffusers(model),
-        ]
-    return "\n\n".join(parts) + "\n"
+    meanings = "\n\n".join(f"`{part}`\n\n{inspect.getdoc(part)}" for part in (model.path, model.prediction))
+    diffusers = _with_diffusers(model) if isinstance(model.net, UNet) else ""
+    return f"""# A generative model
 
+Made with fmlit {fmlit.__version__}. Samples have shape {model.shape}; images lie in [-1, 1]. {labels}{stored}
 
-WITH_FMLIT = """```python
+Time runs from t = 0, noise, to t = 1, data: `x_t = alpha(t) z + beta(t) eps`, with z the data and eps standard normal \
+noise.
+
+{meanings}
+
+```python
 import fmlit
 from fmlit.core.randomness import image_seeds
 
 model = fmlit.load(".")
 samples = fmlit.ODESampler().sample(model, image_seeds(0, range(16)))
-```"""
+```
+{diffusers}"""
 
 
 def _with_diffusers(model: GenerativeModel) -> str:
     """How diffusers evaluates the network, and where that is a velocity, how Euler's method makes samples of it."""
-    labelled = model.num_classes is not None
     shape = ", ".join(str(side) for side in (16, *model.shape))
-    euler = isinstance(model.prediction, Velocity)
-    lines = ["import torch", "from diffusers import UNet2DModel", ""]
-    lines += [f'unet = UNet2DModel.from_pretrained("{DIFFUSERS}").eval()', f"x = torch.randn({shape})"]
-    lines += ["labels = torch.zeros(16, dtype=torch.int64)"] if labelled else []
-    lines += ["for i in range(50):", "    t = torch.full((16,), i / 50)"] if euler else ["t = torch.full((16,), 0.5)"]
-    call = f"unet(x, {TIME_SCALE:g} * t{', labels' if labelled else ''}).sample"
-    if euler:
-        lines += ["    with torch.no_grad():", f"        x = x + {call} / 50"]
-    else:
-        lines += [f"output = {call}  # F at x and t"]
-    return "\n".join(["```python", *lines, "```"])
+    labels, argument = "", ""
+    if model.num_classes is not None:
+        labels, argument = "labels = torch.zeros(16, dtype=torch.int64)\n", ", labels"
+    call = f"unet(x, {TIME_SCALE:g} * t{argument}).sample"
+    use = f"t = torch.full((16,), 0.5)\noutput = {call}  # F at x and t"
+    if isinstance(model.prediction, Velocity):
+        use = f"""for i in range(50):
+    t = torch.full((16,), i / 50)
+    with torch.no_grad():
+        x = x + {call} / 50"""
+    return f"""
+The network itself is in {DIFFUSERS}/, and is given the time t as {TIME_SCALE:g} t.
+
+```python
+import torch
+from diffusers import UNet2DModel
+
+unet = UNet2DModel.from_pretrained("{DIFFUSERS}").eval()
+x = torch.randn({shape})
+{labels}{use}
+```
+"""

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from fmlit.core.errors import UserError
-from fmlit.data import DataModule
+from fmlit.data.data_module import DataModule
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage import checkpoints, descriptions, exports
 from fmlit.storage.checkpoints import StrPath
-from fmlit.storage.run_folder import find_checkpoint
+from fmlit.storage.run_folder import RunFolder
 
 
 def load(
@@ -41,13 +41,19 @@ def load(
 
 
 def find_model(path: StrPath, option: str | None = None) -> Path:
-    """The checkpoint file, or the exported folder, that a path stands for.
+    """The checkpoint file, or the exported folder, that a path stands for: of a run folder, its newest checkpoint.
 
     Raises:
         UserError: there is none. The message names the ``option`` of the command line that was given the path.
     """
     found = Path(path).expanduser()
-    return found if (found / exports.DESCRIPTION).is_file() else find_checkpoint(found, option)
+    if (found / exports.DESCRIPTION).is_file():
+        return found
+    file = RunFolder(found).last if found.is_dir() else found
+    if not file.is_file():
+        give = f"give --{option}" if option else "give"
+        raise UserError(f"there is no checkpoint {file}: {give} a .ckpt file, the folder of a run, or an exported one")
+    return file
 
 
 def weights_of(source: Path, weights: str) -> str:
@@ -69,9 +75,7 @@ def _load_checkpoint(path: Path, weights: str, trust: Sequence[str]) -> Generati
     if "model_description" not in checkpoint:
         raise UserError(f"checkpoint {path} does not describe its model: it was not written by an fmlit module")
     try:
-        model = descriptions.build(checkpoint["model_description"], trust)
-        if not isinstance(model, GenerativeModel):
-            raise UserError(f"it describes a {type(model).__qualname__}, not a GenerativeModel")
+        model = descriptions.build(checkpoint["model_description"], trust, GenerativeModel)
         state = _select_weights(checkpoint, weights)
         _check_fit(state, model.net.state_dict())
     except (AttributeError, TypeError, ValueError) as error:
@@ -114,9 +118,6 @@ def training_data(checkpoint: Path | None, trust: Sequence[str] = ()) -> DataMod
     if checkpoint.is_dir():
         raise UserError(f"{checkpoint} is an export, which does not name its training data; give them by --data")
     try:
-        data = descriptions.build(checkpoints.load(checkpoint).get("data_description", {}), trust)
-        if not isinstance(data, DataModule):
-            raise UserError(f"it describes a {type(data).__qualname__}, not data")
+        return descriptions.build(checkpoints.load(checkpoint).get("data_description", {}), trust, DataModule)
     except ValueError as error:
         raise UserError(f"the training data of {checkpoint} cannot be built ({error}); give them by --data") from error
-    return data

@@ -155,9 +155,8 @@ class RunFolder(os.PathLike[str]):
                 folder.path.rmdir()
                 raise
         except OSError as error:
-            raise FileError(
-                f"cannot create a run folder in {root}: {error.strerror or error}; choose another"
-            ) from error
+            reason = error.strerror or error
+            raise FileError(f"cannot create a run folder in {root}: {reason}; choose another") from error
         return folder
 
     @staticmethod
@@ -199,16 +198,3 @@ def expand_root(root: str, option: str = "runs") -> Path:
         raise UserError(f"{option}: {unknown[0]} in {root} is unknown; set it, or write the path out")
     path = Path(expanded)
     return path.absolute() if str(path).startswith("~") else path  # of ./~, whose dot a Path drops
-
-
-def find_checkpoint(path: str | Path, option: str | None = None) -> Path:
-    """The checkpoint that a path stands for: the file itself, or the newest checkpoint of a run folder.
-
-    Raises:
-        UserError: there is none. The message names the ``option`` of the command line that was given the path.
-    """
-    file = RunFolder(Path(path)).last if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        give = f"give --{option}" if option else "give"
-        raise UserError(f"there is no checkpoint {file}: {give} a .ckpt file, the folder of a run, or an exported one")
-    return file

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from fmlit import ImageFolder, TwoPoints
 from fmlit.cli import sample as sampling
 from fmlit.cli.options import Integers, Names, run
 from fmlit.cli.sample import OutputFiles, SamplerOptions
 from fmlit.core.files import new_folder
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.core.tensors import to_uint8
-from fmlit.data import ImageFolder, TwoPoints
 from fmlit.sampling.grids import UniformGrid
 from fmlit.solvers.records import SOLVERS
 from tests.helpers.known_model import STD, known_model, save_run

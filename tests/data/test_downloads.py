@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import fmlit.data.mnist
-from fmlit.data import CIFAR10, MNIST
+from fmlit import CIFAR10, MNIST
 
 
 @pytest.fixture

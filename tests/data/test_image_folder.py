@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fmlit.core.errors import FileError
-from fmlit.data import ImageFolder
+from fmlit import ImageFolder
 from fmlit.data.decoding import find_pictures, read_picture
 
 

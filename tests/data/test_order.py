@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 
-from fmlit.data import DataModule, TwoPoints
+from fmlit import DataModule, TwoPoints
 from fmlit.data.stores import InMemoryDataset
-from fmlit.data.order import GlobalBatchSampler, TrainingOrder
+from fmlit.data.order import GlobalBatchSampler, RankSlice, TrainingOrder
 
 
 class Numbered(DataModule):
@@ -103,7 +103,7 @@ def test_batches_larger_than_the_data_set():
 
 def test_a_second_iteration_asks_again_where_training_stands():
     position = 0
-    sampler = GlobalBatchSampler(TrainingOrder(10, 0), 4, 0, 1, False, lambda: position)
+    sampler = GlobalBatchSampler(TrainingOrder(10, 0), RankSlice(4, 0, 1), False, lambda: position)
     assert next(iter(sampler)) == next(iter(sampler))
     position = 4
     assert next(iter(sampler)) == [(index, False) for index in TrainingOrder(10, 0).indices(4, 4).tolist()]

@@ -9,7 +9,7 @@ from tests.helpers.small_runs import digits_module, fit, same, weights
 
 import fmlit.data.data_module
 import fmlit.data.resident
-from fmlit.data import Digits, TwoPoints
+from fmlit import Digits, TwoPoints
 from fmlit.data.stores import InMemoryDataset, TrainingView
 from fmlit.data.resident import ResidentDataset, resident
 

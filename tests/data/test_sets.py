@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fmlit.data import CIFAR10, MNIST, Checkerboard, DataModule, Digits, Moons, TwoPoints
+from fmlit import CIFAR10, MNIST, Checkerboard, DataModule, Digits, Moons, TwoPoints
 from fmlit.data.stores import InMemoryDataset, warn_of_uneven_classes
 
 
@@ -18,7 +18,8 @@ def everything(data, split="train"):
 
 def test_importing_the_package_imports_no_data_library():
     program = (
-        "import sys, lightning.pytorch; before = set(sys.modules); import fmlit.data\n"
+        "import sys, lightning.pytorch; before = set(sys.modules)\n"
+        "from fmlit import CIFAR10, MNIST, Checkerboard, Digits, ImageFolder, Moons, TwoPoints\n"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

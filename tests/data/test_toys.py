@@ -11,7 +11,7 @@ from tests.helpers.tiny_cli import CONFIGS, train
 from torch import Tensor
 
 import fmlit
-from fmlit.data import Checkerboard
+from fmlit import Checkerboard
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath

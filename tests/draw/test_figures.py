@@ -16,8 +16,7 @@ from docs.draw import command, images, memorization, odes, oracle, picard, plane
 from docs.draw.command import figures
 from docs.draw.memorization import real_digits, sample_exactly
 from docs.draw.solver_table import GRIDS, error_table, sliced_wasserstein
-from fmlit import solvers
-from fmlit.data import Checkerboard, Moons
+from fmlit import Checkerboard, Moons, solvers
 from fmlit.flows.diffusions import ornstein_uhlenbeck
 from fmlit.metrics.memorization import memorization as compare
 from fmlit.sampling.samplers import ODESampler

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.budget import affordable_steps
 from docs.draw import oracle, solver_table
 from docs.draw.solver_table import GRIDS, all_solvers, error_table, sliced_wasserstein
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, VPPath
-from fmlit.sampling.budget import affordable_steps
 from fmlit.sampling.samplers import ODESampler
 from fmlit.solvers.records import SOLVERS
 from tests.helpers.known_model import STD, known_model

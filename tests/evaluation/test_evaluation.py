@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fmlit import Digits
 from fmlit.cli.evaluate import Sweep, evaluate
 from fmlit.cli.options import Integers, Names
 from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.randomness import training_generator
 from fmlit.core.tensors import to_uint8
-from fmlit.data import Digits
 from fmlit.data.stores import InMemoryDataset
 from fmlit.evaluation import measurements, reports, scoring
 from fmlit.evaluation.scoring import Scorer, choose_features, nearest_in

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fmlit import Digits, ImageFolder, TwoPoints
 from fmlit.cli.evaluate import Sweep, evaluate
 from fmlit.cli.options import Names, Numbers, run
 from fmlit.cli.reference import reference
 from fmlit.cli.score import score
 from fmlit.cli.scoring_options import ScoringOptions
-from fmlit.data import Digits, ImageFolder, TwoPoints
 from fmlit.data.image_files import read_images, save_npz, save_pngs
 from tests.helpers.known_model import known_model, save_run
 

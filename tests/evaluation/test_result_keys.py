@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmlit.data import Digits
+from fmlit import Digits
 from fmlit.data.image_files import save_npz
 from fmlit.evaluation.measurements import ImageMeasurement, LikelihoodMeasurement, SampleMeasurement, ScoredModel
 from fmlit.evaluation.results import Measurement, Results, _key

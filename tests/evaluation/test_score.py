@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fmlit import Digits
 from fmlit.cli.evaluate import Sweep, evaluate
 from fmlit.cli.options import Integers, Names
 from fmlit.cli.reference import reference
 from fmlit.cli.score import score
 from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.tensors import to_uint8
-from fmlit.data import Digits
 from fmlit.data.image_files import read_images, save_npz
 from fmlit.sampling.generate import generate
 from fmlit.sampling.samplers import ODESampler

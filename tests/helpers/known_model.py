@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fmlit.data import DataModule, Digits
+from fmlit import DataModule, Digits
 from fmlit.flows.paths import CondOTPath, GaussianPath
 from fmlit.flows.predictions import PreconditionedVelocity
 from fmlit.models.generative_model import GenerativeModel

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
-from fmlit.data import Digits
+from fmlit import Digits
 from fmlit.data.data_module import DataModule
 from fmlit.models.mlp import MLP
 from fmlit.models.unet import UNet

@@ -11,10 +11,10 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
+from fmlit import ImageFolder
 from fmlit.cli.options import Names
 from fmlit.cli.score import score
 from fmlit.cli.scoring_options import ScoringOptions
-from fmlit.data import ImageFolder
 from fmlit.data.image_files import save_pngs
 from fmlit.metrics import InceptionFeatures, inception
 

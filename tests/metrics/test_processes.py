@@ -55,7 +55,7 @@ def check(cache: Path) -> dict:
     found = {"all": score(ranks, cache), "first": score(ranks, cache, n=BATCH)}  # the second: for rank 0 alone
     rows = torch.arange(3 * ranks.rank)[:, None] + 100 * ranks.rank  # 0, 3, 6 rows
     found["rows"] = ranks.gather_rows(rows if ranks.rank else torch.empty(0, 0, dtype=torch.int64)).flatten().tolist()
-    empty = GaussianStatistics().reduce()
+    empty = GaussianStatistics().reduce(ProcessGroup.current())
     found["empty"] = (empty.count, empty.dimension)
     for kind in (UserError, FileNotFoundError, ValueError, OSError):
         try:

@@ -10,7 +10,7 @@ import torch
 import fmlit
 from fmlit.core import files
 from fmlit.storage import checkpoints
-from fmlit.storage.checkpoints import AtomicCheckpointIO, load, newest_valid, verify
+from fmlit.storage.checkpoints import AtomicCheckpointIO, find_damage, load, newest_valid
 from tests.helpers.checkpoint_files import checkpoint, flip, save
 
 DAMAGE = {
@@ -31,9 +31,7 @@ def test_damaged_checkpoint_is_found_and_the_one_before_is_taken(tmp_path, damag
     DAMAGE[damage](newest)
     if not sidecar:
         (tmp_path / "last.ckpt.sha256").unlink()
-    verdict = verify(newest)
-    assert not verdict
-    assert verdict.reason
+    assert find_damage(newest)
     for read in (load, AtomicCheckpointIO().load_checkpoint):
         with pytest.raises((ValueError, FileNotFoundError), match=r"last\.ckpt") as error:
             read(newest)
@@ -76,7 +74,7 @@ def test_any_flipped_byte_leaves_the_choice_of_the_newest_intact(tmp_path):
 def test_damaged_sidecar_is_not_mistaken_for_none(tmp_path):
     path = save(tmp_path / "last.ckpt")
     (tmp_path / "last.ckpt.sha256").write_bytes(b"\xff\xfe")
-    assert "last.ckpt.sha256 holds no SHA-256" in verify(path).reason
+    assert "last.ckpt.sha256 holds no SHA-256" in find_damage(path)
 
 
 def test_newest_is_by_images_seen_not_by_date(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fmlit.core import files
-from fmlit.storage.checkpoints import AtomicCheckpointIO, load, newest_valid, verify
+from fmlit.storage.checkpoints import AtomicCheckpointIO, find_damage, load, newest_valid
 from tests.helpers.checkpoint_files import checkpoint, flip, names, save
 
 KILLED = 9
@@ -82,7 +82,7 @@ def test_kill_at_any_point_of_a_save_leaves_a_valid_checkpoint(tmp_path, name, s
         code = in_child(second_save)
         assert code in (0, KILLED)
         for path in folder.glob("*.ckpt"):
-            assert verify(path), (event, names(folder), verify(path))
+            assert not find_damage(path), (event, names(folder), find_damage(path))
         newest = newest_valid(folder)
         step = load(newest)["global_step"]
         assert torch.equal(load(newest)["state_dict"]["w"], checkpoint(step)["state_dict"]["w"])
@@ -123,7 +123,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path):
 
     assert in_child(too_large) == 0
     assert names(tmp_path) == ["last.ckpt", "last.ckpt.sha256"]
-    assert verify(path)
+    assert not find_damage(path)
     assert load(path)["global_step"] == 1
 
 
@@ -195,7 +195,7 @@ def test_lightning_keeps_sidecars_right(tmp_path, save_last):
     found = [name for name in names(tmp_path) if name.endswith(".ckpt")]
     assert "last.ckpt" in found
     assert len(found) == 2
-    assert all(verify(tmp_path / name) for name in found)
+    assert not any(find_damage(tmp_path / name) for name in found)
     assert {load(tmp_path / name)["global_step"] for name in found} == {5}
     sidecars = [name.removesuffix(".sha256") for name in names(tmp_path) if name.endswith(".sha256")]
     assert sidecars == [name for name in found if not (tmp_path / name).is_symlink()]
@@ -206,10 +206,10 @@ def test_link_is_verified_as_the_file_that_it_links_to(tmp_path):
     save(tmp_path / "step=2.ckpt", 2)
     (tmp_path / "last.ckpt").unlink()
     (tmp_path / "last.ckpt").symlink_to("step=2.ckpt")
-    assert verify(tmp_path / "last.ckpt")
+    assert not find_damage(tmp_path / "last.ckpt")
     flip(tmp_path / "step=2.ckpt")
-    assert not verify(tmp_path / "last.ckpt")
+    assert find_damage(tmp_path / "last.ckpt")
     save(tmp_path / "last.ckpt", 3)  # replaces the link, not its target
     assert not (tmp_path / "last.ckpt").is_symlink()
     assert load(tmp_path / "last.ckpt")["global_step"] == 3
-    assert not verify(tmp_path / "step=2.ckpt")
+    assert find_damage(tmp_path / "step=2.ckpt")

@@ -13,9 +13,9 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch import nn
 
+from fmlit import Digits
 from fmlit.cli.export import export as export_command
 from fmlit.cli.options import run
-from fmlit.data import Digits
 from fmlit.flows.paths import CondOTPath
 from fmlit.flows.predictions import Velocity
 from fmlit.models.generative_model import GenerativeModel

@@ -13,11 +13,10 @@ import torch
 from diffusers import UNet2DModel
 
 import fmlit
-from fmlit import solvers
+from fmlit import Digits, solvers
 from fmlit.cli.export import export as export_command
 from fmlit.cli.main import main
 from fmlit.cli.options import run
-from fmlit.data import Digits
 from fmlit.flows.paths import CondOTPath, GaussianPath, VPPath
 from fmlit.flows.predictions import Noise, PreconditionedVelocity, Prediction, Velocity
 from fmlit.models.generative_model import GenerativeModel

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fmlit import Moons
 from fmlit.core.randomness import image_seeds
-from fmlit.data import Moons
 from fmlit.flows.couplings import OptimalTransportCoupling
 from fmlit.metrics import ImageQuality
 from fmlit.sampling.samplers import ChurnSampler, ODESampler, SDESampler
-from fmlit.storage.checkpoints import load, verify
+from fmlit.storage.checkpoints import find_damage, load
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, QualityCurve, SampleGrid
 from fmlit.training.draws import TrainingDraws
@@ -114,7 +114,7 @@ def test_the_best_checkpoint_is_kept(name, values, tmp_path, monkeypatch):
     assert names(tmp_path / "checkpoints") == ["000000048.ckpt", "best.ckpt", "last.ckpt"]
     best = load(tmp_path / "checkpoints" / "best.ckpt")
     assert best["images_seen"] == 24
-    assert verify(tmp_path / "checkpoints" / "best.ckpt")
+    assert not find_damage(tmp_path / "checkpoints" / "best.ckpt")
 
 
 def test_a_resumed_run_knows_the_best_value_so_far(tmp_path, monkeypatch):

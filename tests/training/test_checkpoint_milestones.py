@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fmlit.core.errors import UserError
-from fmlit.storage.checkpoints import load, newest_valid, verify
+from fmlit.storage.checkpoints import find_damage, load, newest_valid
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint
 from fmlit.training.callbacks.checkpoint import save
@@ -70,7 +70,7 @@ def test_they_are_made_at_the_first_step_that_has_seen_so_many_images(milestones
     assert [name for name in saves.names if name.startswith("milestone")] == expected  # each once
     assert len(saves.names) == len(expected) + (4 if every else 0)
     for name, images in zip(expected, seen, strict=True):
-        assert verify(tmp_path / "checkpoints" / name)
+        assert not find_damage(tmp_path / "checkpoints" / name)
         assert load(tmp_path / "checkpoints" / name)["images_seen"] == images
 
 
@@ -165,7 +165,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_milestones_before(tmp_path, mon
     with pytest.raises(OSError, match=r"cannot write checkpoint milestone-000000048\.ckpt"):
         fit(digits_module(), tmp_path, 6, disk.at, Checkpoint(None, milestones=[24, 48]))
     assert kept(tmp_path) == ["milestone-000000024.ckpt"]
-    assert verify(tmp_path / "checkpoints" / "last.ckpt")
+    assert not find_damage(tmp_path / "checkpoints" / "last.ckpt")
 
 
 def test_a_full_disk_is_a_warning_where_that_was_asked_for(tmp_path, monkeypatch, caplog):

@@ -14,8 +14,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from fmlit import Digits
 from fmlit.core import randomness
-from fmlit.data import Digits
 from fmlit.data.resident import ResidentDataset
 from fmlit.flows.predictions import PreconditionedVelocity
 from fmlit.flows.times import LogitNormalTime

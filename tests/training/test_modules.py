@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fmlit import Digits
 from fmlit.core.errors import UserError
-from fmlit.data import Digits
 from fmlit.flows.couplings import Coupling, OptimalTransportCoupling
 from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath, VPPath
 from fmlit.flows.predictions import Noise, PreconditionedVelocity, Score, Velocity

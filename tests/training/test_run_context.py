@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fmlit.data import Digits
+from fmlit import Digits
 from fmlit.sampling.samplers import ODESampler
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.averages import EMA

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fmlit
+from fmlit import Digits, Moons, TwoPoints
 from fmlit.core.randomness import image_seeds
-from fmlit.data import Digits, Moons, TwoPoints
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CosinePath
 from fmlit.flows.predictions import Score
