@@ -21,9 +21,6 @@ from fmlit.cli import errors
 from fmlit.cli.parsing import Parser
 from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
-from fmlit.models.generative_model import GenerativeModel
-from fmlit.sampling.guidance import Interval
-from fmlit.storage.loading import find_model, load
 
 
 class Integers(tuple[int, ...]):
@@ -64,7 +61,7 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str], prog
     """
     groups = _groups(command)
     with errors.one_line_errors(), warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes all that it is given
+        warnings.showwarning = _show_warning
         parser = Parser(
             description=(inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
             usage=f"{program or Path(sys.argv[0]).name} [--KEY VALUE ...]",
@@ -96,9 +93,9 @@ def _groups(command: Callable[..., Any]) -> dict[str, Any]:
     return {parameter.name: parameter.annotation for parameter in parameters if is_dataclass(parameter.annotation)}
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
-    """For people: without the line of code that it comes from."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+def _show_warning(*args: Any, **_: Any) -> None:
+    """Print a warning without the line of code that it comes from."""
+    print(f"warning: {args[0]}", file=sys.stderr, flush=True)
 
 
 def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) -> list[str]:
@@ -107,18 +104,6 @@ def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) ->
     following = zip(args, [*args[1:], ""], strict=False)
     alone = [arg in switches and after not in ("true", "false") for arg, after in following]
     return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
-
-
-def as_interval(numbers: Sequence[float]) -> Interval:
-    """``--guidance_interval`` as (start, end)."""
-    if len(numbers) != 2:
-        raise UserError(f"guidance_interval takes two numbers, such as 0.2,0.8, got {','.join(map(str, numbers))}")
-    return numbers[0], numbers[1]
-
-
-def load_guide(path: str | None, trust: Sequence[str], device: torch.device) -> GenerativeModel | None:
-    """The model of a ``--guide``, by the first average of its checkpoint."""
-    return None if path is None else load(find_model(path, "guide"), "ema", trust, device)
 
 
 def choose_device(device: str) -> torch.device:

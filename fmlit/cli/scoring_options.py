@@ -59,4 +59,4 @@ class ScoringOptions:
                 )
             ranks.from_first(data.prepare_data)
             features = choose_features(self.features, data.shape)
-            yield Scorer(data, metrics, features, self.splits, self.flip, self.cache, self.batch_size, device, ranks)
+            yield Scorer(data, metrics, features, self.splits, self.flip, self.cache, self.batch_size, device)

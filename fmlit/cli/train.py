@@ -1,5 +1,6 @@
 """The command line of training: a LightningCLI with a run folder, links from data to model, and one-line errors."""
 
+import inspect
 import json
 import math
 import shutil
@@ -16,11 +17,10 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import fmlit
 from fmlit.cli import errors, recipes
-from fmlit.cli.parsing import HELP, Parser, check_arguments, check_network, config_files
+from fmlit.cli.parsing import LINKS, Parser, check_arguments, check_network
 from fmlit.core.errors import LostProcessError, UserError
 from fmlit.data.data_module import DataModule
 from fmlit.storage.checkpoints import AtomicCheckpointIO
@@ -87,7 +87,8 @@ class TrainingCLI(LightningCLI):
     def __init__(self, args: Sequence[str], program: str = "train.py") -> None:
         args = recipes.resolve(args)
         check_arguments(args)
-        self._stem = next((path.stem for path in config_files(args)), "run")
+        description = (inspect.getdoc(train) or "").partition("\n\nArgs:")[0].replace("train.py", program)
+        self._stem = next((path.stem for path in recipes.config_files(args)), "run")
         super().__init__(
             GenerativeModule,
             DataModule,
@@ -95,7 +96,7 @@ class TrainingCLI(LightningCLI):
             subclass_mode_data=True,
             parser_class=Parser,
             parser_kwargs={
-                "description": HELP.replace("train.py", program),
+                "description": description,
                 "usage": f"{program} [--config NAME] [--KEY VALUE ...]",
                 "dump_header": [f"fmlit {fmlit.__version__}, lightning {pl.__version__}, torch {torch.__version__}"],
             },
@@ -117,8 +118,6 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_lightning_class_args(GenerativeModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(DataModule, "data", subclass_mode=True)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, help="Name of the run (default: the name of the YAML file).")
         parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs; ~ and $VAR are expanded.")
         parser.add_argument(
@@ -138,11 +137,10 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--images", type=int, default=1_000_000, help="Run length in training images.")
         for key, cls in PARTS.items():
             parser.add_lightning_class_args(cls, key)
-        parser.link_arguments("images", "model.init_args.schedule.images")
-        parser.link_arguments("seed_everything", "model.init_args.seed")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
-        parser.link_arguments("data.shape", "model.init_args.shape", apply_on="instantiate")
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        for key, source in LINKS.items():
+            owner, _, name = key.partition(".")
+            when = "instantiate" if source.startswith("data.") else "parse"
+            parser.link_arguments(source, f"{owner}.init_args.{name}", apply_on=when)
 
     def before_instantiate_classes(self) -> None:
         if self.config["images"] < 1:
@@ -191,14 +189,11 @@ class TrainingCLI(LightningCLI):
         if steps == -1:
             left = max(0, self.config["images"] - self.start.images)
             steps = self.start.step + math.ceil(left / self.datamodule.batch_size)
-        given_loggers = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
-        loggers = [logger for logger in given_loggers if not isinstance(logger, bool | None)]
+        loggers, callbacks, plugins = (_listed(given[key]) for key in ("logger", "callbacks", "plugins"))
         for logger in loggers:
             if hasattr(logger, "attach"):
                 logger.attach(self.run_folder)
-        callbacks = given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
         bar = [] if given["enable_progress_bar"] is False else [ProgressBar()]
-        plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
         chosen = any(isinstance(plugin, Precision) for plugin in plugins)
         return {
             "default_root_dir": str(self.run_folder),
@@ -210,8 +205,8 @@ class TrainingCLI(LightningCLI):
             **match_launcher(given),
             "precision": given["precision"] or (None if chosen else default_precision(given["accelerator"])),
             "logger": [MetricsFile(self.run_folder, self.start.step), *loggers],
-            "callbacks": [*filter(None, callbacks), TrainingLog(), *bar],
-            "plugins": [*filter(None, plugins), *cluster_plugins(plugins), AtomicCheckpointIO()],
+            "callbacks": [*callbacks, TrainingLog(), *bar],
+            "plugins": [*plugins, *cluster_plugins(plugins), AtomicCheckpointIO()],
         }
 
     def _check_processes(self, trainer: pl.Trainer) -> None:
@@ -254,17 +249,43 @@ class TrainingCLI(LightningCLI):
 
     def discard(self) -> None:
         """Remove the run folder, if this process made it and nothing was saved there."""
-        if self._fresh and not self.run_folder.has_checkpoints() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if self._fresh and not self.run_folder.has_checkpoints() and not errors.process_rank():
             shutil.rmtree(self.run_folder, ignore_errors=True)
 
 
-def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, program: str = "train.py") -> None:
-    """``fmlit train``: train by command line, then print one line of JSON.
+def _listed(value: Any) -> list[Any]:
+    """One value or several as a list; empty for None, and for the True or False that stand for default loggers."""
+    return [item for item in (value if isinstance(value, list) else [value]) if not isinstance(item, bool | None)]
 
-    Without ``--config``, ``default_config`` is put in front. A default of the parser would leak into other recipes.
+
+def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, program: str = "train.py") -> None:
+    """Train an image generator by flow matching or score matching.
+
+      train.py                                                 the quickstart: handwritten digits in a minute
+      train.py --config cifar10_flow                           a recipe that comes with fmlit, by its name
+      train.py --config FILE                                   a recipe of your own, a YAML file
+      train.py --config FILE --model.net.channels 64           with any key changed
+      train.py --config FILE --print_config                    every key and its value, without training
+      train.py --config FILE --resume                          go on with the newest run of that name
+      train.py --config runs/NAME/config.yaml --resume         the same, with all options that the run had
+
+    The arguments of the model, of its parts and of the data depend on their class, and are listed by
+      train.py --model.help FlowMatchingModule                 ScoreMatchingModule
+      train.py --model.net.help fmlit.UNet                     fmlit.MLP
+      train.py --model.path.help CondOTPath                    CosinePath, PolynomialPath, VPPath
+      train.py --model.optimizer.help fmlit.Muon               fmlit.AdamW, fmlit.TorchOptimizer
+      train.py --data.help CIFAR10                             Digits, MNIST, ImageFolder, ...
+      train.py --samples.sampler.help ODESampler               SDESampler
+      train.py --trainer.logger.help fmlit.WandbLogger
+
+    Args:
+        args: the command line. Its last line of output is JSON.
+        default_config: a recipe that is put in front where the command line names none. As defaults of the parser, its
+            values would leak into other recipes.
+        program: how the user has started it.
     """
     started = time.perf_counter()
-    if not config_files(args) and not {"-c", "--config"} & set(args):
+    if not recipes.config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
     with quiet_logging():
         preempted = None
