@@ -69,6 +69,11 @@ def replace_call(net: nn.Module, call: Callable[..., Any]) -> None:
     net._compiled_call_impl = call
 
 
+def is_compile_wrapper(net: nn.Module) -> bool:
+    """Whether this is what ``torch.compile(net)`` returns. Delete once torch exports the class of it."""
+    return hasattr(net, "_orig_mod")
+
+
 def replaces_sampler(trainer: Any) -> bool:
     """Whether Lightning would put a DistributedSampler in place of a data loader's own.
 

@@ -227,7 +227,14 @@ class GenerativeModule(pl.LightningModule, ABC):
 
 
 class FlowMatchingModule(GenerativeModule):
-    """Conditional flow matching: regression on the conditional velocity, whatever the network predicts."""
+    """Conditional flow matching: regression on the conditional velocity, whatever the network predicts.
+
+    From Python, with any Trainer::
+
+        data = fmlit.Digits()
+        module = fmlit.FlowMatchingModule(net=fmlit.UNet((1, 8, 8), channels=32, multipliers=(1, 2), attention=()))
+        lightning.Trainer(max_steps=500).fit(module, data)
+    """
 
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         model = self.model
@@ -238,7 +245,8 @@ class FlowMatchingModule(GenerativeModule):
 class ScoreMatchingModule(GenerativeModule):
     """Denoising score matching: regression on the conditional score, weighted by beta^2.
 
-    With ``prediction=Noise()``, the default, this is DDPM's noise regression; with ``Score()`` a score network.
+    With ``prediction=Noise()``, the default, this is DDPM's noise regression. ``Score()`` trains a score network.
+    The arguments are those of ``GenerativeModule``; the defaults of ``path`` and ``prediction`` differ.
     """
 
     def __init__(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from fmlit.core.errors import UserError
+from fmlit.core.internals import is_compile_wrapper
 
 NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
 AS_IN = "as in shape=(3, 32, 32)"
@@ -39,7 +40,7 @@ def build_network(
             raise UserError("conditional: true needs data with classes, and this data has none")
         classes = num_classes if conditional else None
         network = net(tuple(shape), classes)
-    if hasattr(network, "_orig_mod"):  # its weights would be saved under other names
+    if is_compile_wrapper(network):  # its weights would be saved under other names
         raise UserError(
             "net: hand over the network itself, not what torch.compile returns, and add "
             "execution=fmlit.Execution(compile='default')"

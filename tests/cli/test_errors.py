@@ -321,8 +321,9 @@ def test_other_ranks_speak_only_where_rank_0_has_not_failed_as_well(
 @pytest.mark.parametrize("first", ["samples", "quality"])
 def test_two_objects_of_one_class_are_told_apart(tmp_path: Path, first: str) -> None:
     """Both are equal but for what is nested in them, in lists, or said of the default."""
-    steps = ("--samples.sampler.steps=7", "--quality.sampler.steps=7", f"--{first}.sampler.grid.rho=0")
-    assert train(tmp_path, *steps).error.startswith(f"{first}.sampler.grid: EDMGrid.rho must be positive")
+    quality = ("--quality.sampler=ODESampler", "--quality.sampler.steps=7")
+    sampler = ("--samples.sampler.steps=7", *quality, f"--{first}.sampler.grid.rho=0")
+    assert train(tmp_path, *sampler).error.startswith(f"{first}.sampler.grid: EDMGrid.rho must be positive")
 
 
 def test_the_script_itself_ends_with_code_2_and_one_line_before_processes_start(tmp_path: Path) -> None:

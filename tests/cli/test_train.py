@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from fmlit.cli import train as command
+from fmlit.core.errors import FileError, UserError
 from fmlit.sampling.samplers import ODESampler
 from fmlit.storage.checkpoints import load
 from fmlit.training.trainer_settings import default_precision, static_graph_ddp
@@ -323,7 +324,7 @@ def test_max_time_is_that_of_a_launch(tmp_path: Path) -> None:
 
 def test_what_is_learnt_is_saved_before_it_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise ValueError("no samples today")
+        raise UserError("no samples today")
 
     monkeypatch.setattr(ODESampler, "sample", fail)
     outcome = train(tmp_path, "--images=160", "--samples.every=80", "--checkpoint.every=80")
@@ -346,7 +347,7 @@ def test_a_requeued_job_comes_back_to_its_folder_even_before_a_checkpoint(
 
 def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
-        raise OSError("no space left on device")
+        raise FileError("no space left on device")
 
     monkeypatch.setattr(command.GenerativeModule, "training_step", fail)
     assert train(tmp_path).error == "no space left on device"
@@ -358,7 +359,7 @@ def test_a_run_that_fails_later_keeps_its_folder(tmp_path: Path, monkeypatch: py
 
     def fail(self: command.GenerativeModule, batch: dict[str, torch.Tensor], index: int) -> Any:
         if self.images_seen == 160:
-            raise OSError("no space left on device")
+            raise FileError("no space left on device")
         return step(self, batch, index)
 
     with monkeypatch.context() as patch:

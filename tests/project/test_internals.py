@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "fmlit"
 ROOMS = {"fmlit.core.internals", "fmlit.training.lightning_internals"}
 LIBRARIES = {"lightning", "torch", "jsonargparse"}
-OTHERS = {"_asdict", "_actions"}  # of the standard library: of a named tuple, and of argparse
+OTHERS = {"_asdict", "_actions", "_action_groups"}  # of the standard library: of a named tuple, and of argparse
 
 
 def sources() -> dict[str, str]:
