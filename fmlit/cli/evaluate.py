@@ -82,7 +82,7 @@ def evaluate(
     if changed and not draws:
         raise UserError(f"--{changed[0]} has no meaning with --metrics bpd, which draws no samples: leave it out")
     samplers = sweep.build(sweep.solver, sweep.steps or [None], sweep.guidance) if draws else []
-    with scoring.scorer(metrics, file) as scorer:
+    with scoring.scorer(metrics, checkpoint) as scorer:
         results = Results(Path(out) if out else RunFolder.of_checkpoint(file).evaluation)
         weights = weights_of(file, weights)
         model, guide = sweep.load(file, weights, compile, scoring.trust, scorer.device)

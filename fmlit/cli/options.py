@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from jsonargparse import ActionConfigFile
 from jsonargparse.typing import register_type
 
 from fmlit.cli import errors
-from fmlit.cli.parsing import Parser
+from fmlit.cli.parsing import Parser, switch_on
 from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
 
@@ -71,7 +71,9 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str], prog
         parser.add_function_arguments(command, as_group=False, skip=set(groups), sub_configs=True)
         for group in groups.values():
             parser.add_class_arguments(group, sub_configs=True)
-        options = vars(parser.instantiate(parser.parse_args(_normalised(args, options_of(command)))))
+        args = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
+        args = switch_on(args, {f"--{option.name}" for option in options_of(command) if option.annotation is bool})
+        options = vars(parser.instantiate(parser.parse_args(args)))
         del options["config"]
         for name, group in groups.items():
             options[name] = group(**{field.name: options.pop(field.name) for field in fields(group)})
@@ -96,14 +98,6 @@ def _groups(command: Callable[..., Any]) -> dict[str, Any]:
 def _show_warning(*args: Any, **_: Any) -> None:
     """Print a warning without the line of code that it comes from."""
     print(f"warning: {args[0]}", file=sys.stderr, flush=True)
-
-
-def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) -> list[str]:
-    args = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
-    switches = {f"--{parameter.name}" for parameter in parameters if parameter.annotation is bool}
-    following = zip(args, [*args[1:], ""], strict=False)
-    alone = [arg in switches and after not in ("true", "false") for arg, after in following]
-    return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
 
 
 def choose_device(device: str) -> torch.device:

@@ -5,7 +5,7 @@ import copy
 import inspect
 import pydoc
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -166,6 +166,12 @@ def _module_error(class_path: str) -> Exception | None:
 
 def _arguments(cls: Any) -> list[str]:
     return list(inspect.signature(cls).parameters) if cls is not None else []
+
+
+def switch_on(args: Sequence[str], switches: Container[str]) -> list[str]:
+    """The command line with ``=true`` behind each switch that stands without a value."""
+    alone = [arg in switches and after.startswith("-") for arg, after in zip(args, [*args[1:], "-"], strict=True)]
+    return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
 
 
 def check_arguments(args: Sequence[str]) -> None:

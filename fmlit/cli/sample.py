@@ -78,6 +78,11 @@ class OutputFiles:
         if len(shape) != 3:
             raise UserError(f"trajectories are drawn of images, and this model makes vectors of shape {tuple(shape)}")
 
+    def written(self) -> dict[str, str]:
+        """The files by what they hold."""
+        files = {"picture": self.out, "images": self.save_images, "trajectory": self.trajectory}
+        return {name: file for name, file in files.items() if file is not None}
+
 
 def sample(
     checkpoint: str,
@@ -136,10 +141,8 @@ def sample(
         first = None if dealt is None else dealt[: len(indices)]
         states = to_uint8(chosen.sample(model, image_seeds(seed, indices), first, True, guide)).cpu()
         draw_trajectory(states, Path(files.trajectory), columns)
-    paths = {"picture": files.out, "images": files.save_images, "trajectory": files.trajectory}
     summary = {"n": n, "seed": seed, "weights": weights, "sampler": name}
-    seconds = round(time.perf_counter() - started, 2)
-    return {**{key: path for key, path in paths.items() if path is not None}, **summary, "seconds": seconds}
+    return {**files.written(), **summary, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def choose_classes(

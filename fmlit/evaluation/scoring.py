@@ -14,18 +14,11 @@ from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.core.progress import progress
 from fmlit.data import DataModule
-from fmlit.metrics import (
-    ClassReader,
-    Features,
-    ImageQuality,
-    InceptionFeatures,
-    PixelFeatures,
-    Reference,
-    nearest_neighbors,
-    reference_statistics,
-)
+from fmlit.metrics import ClassReader, Features, ImageQuality, InceptionFeatures, PixelFeatures, Reference
 from fmlit.metrics.image_quality import Metric
+from fmlit.metrics.precision_recall import nearest_neighbors
 from fmlit.metrics.protocol import count_label
+from fmlit.metrics.reference import reference_statistics
 
 MODEL_METRICS = ("class", "bpd")  # these ask the model, the others its images alone
 METRICS = (*get_args(Metric), *MODEL_METRICS)

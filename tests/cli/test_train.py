@@ -47,7 +47,7 @@ def test_help_names_our_options_and_fits_the_signatures(tmp_path: Path) -> None:
     assert "Half-lives" in text or "half-lives in images" in text  # the docstring of EMA
 
 
-HINTS = re.findall(r"train\.py --([\w.]+)\.help ([\w.]+)", command.train.__doc__)
+HINTS = re.findall(r"train\.py --([\w.]+)\.help ([\w.]+)", command.__doc__)
 
 
 @pytest.mark.parametrize(("key", "cls"), HINTS)
