@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from docs.draw import floors, images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
+from docs.draw.curves import read_metrics, training_curves
 from docs.draw.oracle import checkerboard, exact_model
 from fmlit.cli.options import Names
 from fmlit.core.errors import UserError
 from fmlit.core.files import new_file
-from fmlit.evaluation.curves import read_metrics, training_curves
 from fmlit.flows.paths import CondOTPath, VPPath
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.loading import find_model, load

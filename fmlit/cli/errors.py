@@ -36,7 +36,7 @@ def one_line_errors(memory: str = "try a smaller --batch_size") -> Iterator[None
     except KeyboardInterrupt:
         if debugging():
             raise
-        if not _rank():
+        if not process_rank():
             print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
@@ -53,7 +53,7 @@ def exit_with(message: str, code: int = 2) -> NoReturn:
     Of several processes rank 0 speaks for all. The others give it time to fail as well, which ends them or orphans
     them. Where rank 0 goes on, the mistake is theirs alone and they print it.
     """
-    rank, parent = _rank(), os.getppid()
+    rank, parent = process_rank(), os.getppid()
     if rank:
         time.sleep(RANK_0_FIRST_S)
     if os.getppid() == parent:
@@ -62,7 +62,7 @@ def exit_with(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-def _rank() -> int:
+def process_rank() -> int:
     return getattr(rank_zero_only, "rank", 0)
 
 

@@ -5,27 +5,19 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import fmlit
 from fmlit.cli import recipes
 from fmlit.core.errors import INTERRUPTED
 
-
-class Command(NamedTuple):
-    """``module:function``, imported only when the command is used, and what the command does."""
-
-    target: str
-    summary: str
-
-
+# What each command does. It is the function of that name in the module of that name, imported when it is used.
 COMMANDS = {
-    "train": Command("fmlit.cli.train:train", "train a generator by a recipe; without --config, the quickstart"),
-    "sample": Command("fmlit.cli.sample:sample", "draw samples of a trained model"),
-    "evaluate": Command("fmlit.cli.evaluate:evaluate", "score a trained model by FID, KID, precision and recall"),
-    "score": Command("fmlit.cli.score:score", "score anybody's pictures against a data set"),
-    "reference": Command("fmlit.cli.reference:reference", "compute the statistics of real images, and cache them"),
-    "export": Command("fmlit.cli.export:export", "write a trained model into a folder for others to use"),
+    "train": "train a generator by a recipe; without --config, the quickstart",
+    "sample": "draw samples of a trained model",
+    "evaluate": "score a trained model by FID, KID, precision and recall",
+    "score": "score anybody's pictures against a data set",
+    "reference": "compute the statistics of real images, and cache them",
+    "export": "write a trained model into a folder for others to use",
 }
 
 
@@ -42,7 +34,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"fmlit {fmlit.__version__}")
     elif name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        print(f"error: there is no command {name}; {_hint(near)}", file=sys.stderr)
+        hint = f"did you mean {near[0]}?" if near else "fmlit --help lists them"
+        print(f"error: there is no command {name}; {hint}", file=sys.stderr)
         raise SystemExit(2)
     else:
         try:
@@ -56,8 +49,7 @@ def _run(name: str, options: Sequence[str]) -> None:
     """Usage lines name the program as the user started it: ``fmlit train`` or ``train.py``."""
     script = Path(sys.argv[0]).name
     program = script if script == f"{name}.py" else f"fmlit {name}"
-    module, _, function = COMMANDS[name].target.partition(":")
-    command = getattr(import_module(module), function)
+    command = getattr(import_module(f"fmlit.cli.{name}"), name)
     if name == "train":  # its options are those of the classes that a recipe names
         command(options, program=program)
     else:
@@ -65,7 +57,7 @@ def _run(name: str, options: Sequence[str]) -> None:
 
 
 def _help() -> str:
-    commands = "\n".join(f"  {name:11}{command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:11}{summary}" for name, summary in COMMANDS.items())
     return f"""usage: fmlit COMMAND [--KEY VALUE ...]
 
 {(fmlit.__doc__ or "").splitlines()[0]}
@@ -77,7 +69,3 @@ recipes, for fmlit train --config NAME:
   {", ".join(recipes.names())}
 
 fmlit COMMAND --help lists the options of a command; fmlit --version prints the version."""
-
-
-def _hint(near: Sequence[str]) -> str:
-    return f"did you mean {near[0]}?" if near else "fmlit --help lists them"

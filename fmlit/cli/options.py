@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -18,12 +18,9 @@ from jsonargparse import ActionConfigFile
 from jsonargparse.typing import register_type
 
 from fmlit.cli import errors
-from fmlit.cli.parsing import Parser
+from fmlit.cli.parsing import Parser, switch_on
 from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
-from fmlit.models.generative_model import GenerativeModel
-from fmlit.sampling.guidance import Interval
-from fmlit.storage.loading import find_model, load
 
 
 class Integers(tuple[int, ...]):
@@ -64,7 +61,7 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str], prog
     """
     groups = _groups(command)
     with errors.one_line_errors(), warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]  # takes all that it is given
+        warnings.showwarning = _show_warning
         parser = Parser(
             description=(inspect.getdoc(command) or "").partition("\n\nArgs:")[0],
             usage=f"{program or Path(sys.argv[0]).name} [--KEY VALUE ...]",
@@ -74,7 +71,9 @@ def run(command: Callable[..., dict[str, Any] | None], args: Sequence[str], prog
         parser.add_function_arguments(command, as_group=False, skip=set(groups), sub_configs=True)
         for group in groups.values():
             parser.add_class_arguments(group, sub_configs=True)
-        options = vars(parser.instantiate(parser.parse_args(_normalised(args, options_of(command)))))
+        args = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
+        args = switch_on(args, {f"--{option.name}" for option in options_of(command) if option.annotation is bool})
+        options = vars(parser.instantiate(parser.parse_args(args)))
         del options["config"]
         for name, group in groups.items():
             options[name] = group(**{field.name: options.pop(field.name) for field in fields(group)})
@@ -96,29 +95,9 @@ def _groups(command: Callable[..., Any]) -> dict[str, Any]:
     return {parameter.name: parameter.annotation for parameter in parameters if is_dataclass(parameter.annotation)}
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
-    """For people: without the line of code that it comes from."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def _normalised(args: Sequence[str], parameters: Iterable[inspect.Parameter]) -> list[str]:
-    args = [re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in args]
-    switches = {f"--{parameter.name}" for parameter in parameters if parameter.annotation is bool}
-    following = zip(args, [*args[1:], ""], strict=False)
-    alone = [arg in switches and after not in ("true", "false") for arg, after in following]
-    return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
-
-
-def as_interval(numbers: Sequence[float]) -> Interval:
-    """``--guidance_interval`` as (start, end)."""
-    if len(numbers) != 2:
-        raise UserError(f"guidance_interval takes two numbers, such as 0.2,0.8, got {','.join(map(str, numbers))}")
-    return numbers[0], numbers[1]
-
-
-def load_guide(path: str | None, trust: Sequence[str], device: torch.device) -> GenerativeModel | None:
-    """The model of a ``--guide``, by the first average of its checkpoint."""
-    return None if path is None else load(find_model(path, "guide"), "ema", trust, device)
+def _show_warning(*args: Any, **_: Any) -> None:
+    """Print a warning without the line of code that it comes from."""
+    print(f"warning: {args[0]}", file=sys.stderr, flush=True)
 
 
 def choose_device(device: str) -> torch.device:

@@ -3,13 +3,12 @@
 import argparse
 import copy
 import inspect
-import itertools
 import pydoc
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jsonargparse
 import yaml
@@ -18,40 +17,21 @@ from lightning.pytorch.cli import LightningArgumentParser
 import fmlit
 from fmlit.cli import errors, messages
 from fmlit.cli.messages import join_keys
+from fmlit.cli.recipes import config_files
 from fmlit.core.errors import MISTAKES, FileError, UserError
 from fmlit.training.lightning_internals import forget_defaults_of_replaced_classes, pass_null_to_nested_options
-
-HELP = """Train an image generator by flow matching or score matching.
-
-  train.py                                                 the quickstart: handwritten digits in a minute
-  train.py --config cifar10_flow                           a recipe that comes with fmlit, by its name
-  train.py --config FILE                                   a recipe of your own, a YAML file
-  train.py --config FILE --model.net.channels 64           with any key changed
-  train.py --config FILE --print_config                    every key and its value, without training
-  train.py --config FILE --resume                          go on with the newest run of that name
-  train.py --config runs/NAME/config.yaml --resume         the same, with all options that the run had
-
-The arguments of the model, of its parts and of the data depend on their class, and are listed by
-  train.py --model.help FlowMatchingModule                 ScoreMatchingModule
-  train.py --model.net.help fmlit.UNet                     fmlit.MLP
-  train.py --model.path.help CondOTPath                    CosinePath, PolynomialPath, VPPath
-  train.py --model.optimizer.help fmlit.Muon               fmlit.AdamW, fmlit.TorchOptimizer
-  train.py --data.help CIFAR10                             Digits, MNIST, ImageFolder, ...
-  train.py --samples.sampler.help ODESampler               SDESampler
-  train.py --trainer.logger.help fmlit.WandbLogger
-"""
 
 # So that short names work: --model.net UNet.
 for _module in set(fmlit.PUBLIC.values()):
     import_module(_module)
 
-# The same value everywhere: set once, and not where it would be overwritten.
+# The same value everywhere: set once, under the second key, and not where it would be overwritten.
 LINKS = {
     "model.schedule.images": "images",
     "model.seed": "seed_everything",
     "data.seed": "seed_everything",
-    "model.shape": "the data",
-    "model.num_classes": "the data",
+    "model.shape": "data.shape",
+    "model.num_classes": "data.num_classes",
 }
 
 
@@ -79,7 +59,6 @@ class Parser(LightningArgumentParser):
         pass_null_to_nested_options()
         super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
         self._class: Any = None
-        self._args: Sequence[str] = ()
 
     @property
     def _nested(self) -> bool:
@@ -87,14 +66,12 @@ class Parser(LightningArgumentParser):
         return not self.exit_on_error
 
     def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        if nested_key is None:
+        if self._nested and nested_key is None:
             self._class = theclass
         return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
 
-    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        if not self._nested:
-            self._args = list(args or ())
-        return self._unmasked(super().parse_args, args, *rest, **kwargs)
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        return self._unmasked(super().parse_args, *args, **kwargs)
 
     def instantiate(self, namespace: jsonargparse.Namespace, *args: Any, **kwargs: Any) -> Any:
         """Build all that is configured; a ``UserError`` of a constructor is headed by the key of its object."""
@@ -121,7 +98,7 @@ class Parser(LightningArgumentParser):
         _raised.clear()
         raise error  # outside of the handler, or the handled error would become its context
 
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if (path := messages.class_path(message)) and (own := _module_error(path)):
             _raised.append(own)
         if errors.debugging() or _raised:
@@ -136,7 +113,7 @@ class Parser(LightningArgumentParser):
         """All keys of the command line, with those of the classes that its recipe names."""
         self.exit_on_error = False
         try:
-            config = self.parse_args([f"--config={path}" for path in config_files(self._args)])
+            config = self.parse_args([f"--config={path}" for path in config_files(self.args)])
         except argparse.ArgumentError:
             config = self.get_defaults()
         finally:
@@ -191,11 +168,10 @@ def _arguments(cls: Any) -> list[str]:
     return list(inspect.signature(cls).parameters) if cls is not None else []
 
 
-def config_files(args: Sequence[str]) -> list[Path]:
-    """The files that a command line names with ``--config``."""
-    apart = [value for option, value in itertools.pairwise(args) if option in ("-c", "--config")]
-    joined = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
-    return [Path(path) for path in (*apart, *joined)]
+def switch_on(args: Sequence[str], switches: Container[str]) -> list[str]:
+    """The command line with ``=true`` behind each switch that stands without a value."""
+    alone = [arg in switches and after.startswith("-") for arg, after in zip(args, [*args[1:], "-"], strict=True)]
+    return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
 
 
 def check_arguments(args: Sequence[str]) -> None:

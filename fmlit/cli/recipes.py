@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import fmlit
@@ -36,14 +37,21 @@ def find_recipe(name: str) -> Path:
 
 
 def resolve(args: Sequence[str]) -> list[str]:
-    """A command line in which every ``--config`` names an existing file."""
-    resolved = list(args)
-    for index, (before, arg) in enumerate(zip(["", *args], args, strict=False)):
-        if arg.startswith("--config="):
-            resolved[index] = f"--config={find_recipe(arg.removeprefix('--config='))}"
-        elif before in ("-c", "--config"):
-            resolved[index] = str(find_recipe(arg))
+    """A command line in which every configuration is ``--config=FILE``, where FILE exists."""
+    resolved, rest = [], iter(args)
+    for arg in rest:
+        option, _, name = arg.partition("=")
+        if option in ("-c", "--config") and (name := name or next(rest, "")):
+            arg = f"--config={find_recipe(name)}"
+        resolved.append(arg)
     return resolved
+
+
+def config_files(args: Sequence[str]) -> list[Path]:
+    """The files that a command line names with ``--config``."""
+    apart = [value for option, value in pairwise(args) if option in ("-c", "--config")]
+    joined = [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    return [Path(path) for path in (*apart, *joined)]
 
 
 def _hint(path: Path) -> str:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from fmlit.cli.scoring_options import ScoringOptions
-from fmlit.storage.loading import find_model
 
 
 def reference(checkpoint: str | None = None, scoring: ScoringOptions = ScoringOptions()) -> dict[str, Any] | None:
@@ -20,7 +19,6 @@ def reference(checkpoint: str | None = None, scoring: ScoringOptions = ScoringOp
     Returns:
         The summary; None on every rank but the first.
     """
-    file = None if checkpoint is None else find_model(checkpoint, "checkpoint")
-    with scoring.scorer((), file) as scorer:
+    with scoring.scorer((), checkpoint) as scorer:
         paths = [str(Path(scorer.cache, statistics.identity.filename)) for statistics in scorer.references]
         return None if scorer.ranks.rank else {"references": paths}

@@ -11,24 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmlit.cli.options import Names, Numbers, as_interval, choose_device, load_guide
+from fmlit.cli.options import Names, choose_device
+from fmlit.cli.sampling_options import SamplingOptions
 from fmlit.core.errors import UserError
 from fmlit.core.files import atomic_write, file_errors, new_file, new_folder
 from fmlit.core.progress import progress
 from fmlit.core.randomness import image_seeds
 from fmlit.core.tensors import to_uint8
 from fmlit.data.image_files import save_npz, save_pngs
-from fmlit.flows.diffusions import Diffusion
-from fmlit.models.compilation import CompileMode, compile_net
+from fmlit.models.compilation import CompileMode
 from fmlit.models.generative_model import GenerativeModel
-from fmlit.sampling.build import build_sampler
 from fmlit.sampling.drawing import draw_samples, image_grid
 from fmlit.sampling.generate import deal_labels, generate
-from fmlit.sampling.grids import Grid
-from fmlit.sampling.guidance import WHOLE_CLOCK
-from fmlit.sampling.samplers import Precision, Sampler, SolverName
-from fmlit.solvers.records import Option
-from fmlit.storage.loading import find_model, load, training_data, weights_of
+from fmlit.sampling.samplers import SolverName
+from fmlit.storage.loading import find_model, training_data, weights_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,46 +37,18 @@ FRAMES, FRAME_MS, LAST_FRAME_MS = 60, 60, 1500
 
 
 @dataclass(frozen=True)
-class SamplerOptions:
+class SamplerOptions(SamplingOptions):
     """The sampler.
 
     Args:
         solver: Name of the solver; docs/solvers.md compares them.
-        solver_options: Options of the solver, such as --solver_options.order 3 for unipc; docs/solvers.md lists them.
         steps: Number of steps; by default 18, 250 for an SDE, 128 for churn.
         guidance: Scale of classifier-free guidance, or of autoguidance where there is a guide; 1 disables guidance.
-        guidance_interval: Range of t in which guidance acts, from 0 (noise) to 1 (data), such as 0.2,0.8.
-        grid: Where the steps lie.
-        sigma: Diffusion coefficient of an SDE: a number, or a class.
-        guide: Checkpoint of a weaker model of the same data (smaller, or less trained) for autoguidance.
-        precision: Arithmetic of the network: float32, or bfloat16, which is faster on GPUs.
     """
 
     solver: SolverName = "heun"
-    solver_options: dict[str, Option] | None = None
     steps: int | None = None
     guidance: float = 1.0
-    guidance_interval: Numbers = Numbers(WHOLE_CLOCK)
-    grid: Grid | None = None
-    sigma: Diffusion | float | None = None
-    guide: str | None = None
-    precision: Precision = "float32"
-
-    def build(self) -> Sampler:
-        """The sampler of these options. A UserError for values that it refuses, or that have no effect."""
-        interval = as_interval(self.guidance_interval)
-        if self.guidance == 1 and interval != WHOLE_CLOCK:
-            raise UserError("guidance_interval has no effect with guidance 1: set --guidance, too")
-        return build_sampler(
-            self.solver,
-            self.steps,
-            self.grid,
-            self.guidance,
-            self.sigma,
-            self.precision,
-            interval,
-            self.solver_options,
-        )
 
 
 @dataclass(frozen=True)
@@ -151,17 +119,15 @@ def sample(
         raise UserError(f"n, batch_size and columns must be at least 1, got {n}, {batch_size} and {files.columns}")
     started = time.perf_counter()
     file = find_model(checkpoint, "checkpoint")
-    weights, where, chosen = weights_of(file, weights), choose_device(device), sampler.build()
-    model, guide = load(file, weights, trust, where), load_guide(sampler.guide, trust, where)
+    weights, where = weights_of(file, weights), choose_device(device)
+    (chosen,) = sampler.build([sampler.solver], [sampler.steps], [sampler.guidance])
+    model, guide = sampler.load(file, weights, compile, trust, where)
     chosen.check(model, guide)
-    for part in (model, guide):
-        if compile and part:
-            compile_net(part.net, compile)
     files.check(model.shape)
     classes = choose_classes(model, labels, file, trust)
     dealt, name = deal_labels(model, n, classes), chosen.named(guided=guide is not None)
-    by_class = classes is not None and len(classes) <= MOST_COLUMNS
-    columns = files.columns or (len(classes) if classes is not None and by_class else math.isqrt(n - 1) + 1)
+    kinds = 0 if classes is None else len(classes)
+    columns = files.columns or (kinds if 0 < kinds <= MOST_COLUMNS else math.isqrt(n - 1) + 1)
 
     with _files(files.save_images, vectors=len(model.shape) != 3) as save:
         size = min(batch_size, n)
@@ -192,15 +158,16 @@ def choose_classes(
         return None
     if labels is None:
         return torch.arange(model.num_classes)
+    ids = {str(class_id): class_id for class_id in range(model.num_classes)}
     names: Sequence[str] = []
-    if not all(label.isdecimal() for label in labels):
-        names = [] if file.is_dir() else training_data(file, trust).class_names or []  # an export has none
-    ids = [int(label) if label.isdecimal() else names.index(label) if label in names else -1 for label in labels]
-    for label, class_id in zip(labels, ids, strict=True):
-        if not 0 <= class_id < model.num_classes:
+    if not all(label.isdecimal() for label in labels) and not file.is_dir():  # an export has none
+        names = training_data(file, trust).class_names or []
+    ids |= {name: class_id for class_id, name in enumerate(names) if name not in ids}
+    for label in labels:
+        if label not in ids:
             known = f"0 to {model.num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
             raise UserError(f"labels: there is no class {label!r} in this model; choose from {known}")
-    return torch.tensor(ids)
+    return torch.tensor([ids[label] for label in labels])
 
 
 def draw_trajectory(states: Tensor, path: Path, columns: int) -> None:

@@ -11,7 +11,6 @@ from fmlit.evaluation.reports import report
 from fmlit.evaluation.results import Results
 from fmlit.evaluation.scoring import MODEL_METRICS
 from fmlit.metrics.image_quality import check_metrics
-from fmlit.storage.loading import find_model
 
 
 def score(
@@ -41,6 +40,5 @@ def score(
     if of_models := [metric for metric in metrics if metric in MODEL_METRICS]:
         raise UserError(f"metric {of_models[0]} asks a model, and pictures come without one: evaluate measures it")
     check_metrics(metrics)
-    file = None if checkpoint is None else find_model(checkpoint, "checkpoint")
-    with scoring.scorer(metrics, file) as scorer:
+    with scoring.scorer(metrics, checkpoint) as scorer:
         return report(Results(Path(out)), [ImageMeasurement(scorer, images)], scorer.ranks, wandb)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from fmlit.cli.options import Names, choose_device, processes
@@ -11,7 +10,7 @@ from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule
 from fmlit.evaluation.scoring import Scorer, choose_features
 from fmlit.metrics import Features
-from fmlit.storage.loading import training_data
+from fmlit.storage.loading import find_model, training_data
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class ScoringOptions:
     device: str = "auto"
 
     @contextmanager
-    def scorer(self, metrics: Sequence[str], checkpoint: Path | None) -> Iterator[Scorer]:
+    def scorer(self, metrics: Sequence[str], checkpoint: str | None) -> Iterator[Scorer]:
         """What scores images by these options, with all processes of torchrun joined for the length of the block.
 
         Args:
@@ -52,11 +51,12 @@ class ScoringOptions:
         """
         device = choose_device(self.device)
         with processes(device) as ranks:
-            data = self.data or training_data(checkpoint, self.trust)
+            file = None if checkpoint is None else find_model(checkpoint, "checkpoint")
+            data = self.data or training_data(file, self.trust)
             if len(data.shape) != 3:
                 raise UserError(
                     f"evaluation is of images, and {type(data).__name__} holds vectors of shape {data.shape}"
                 )
             ranks.from_first(data.prepare_data)
             features = choose_features(self.features, data.shape)
-            yield Scorer(data, metrics, features, self.splits, self.flip, self.cache, self.batch_size, device, ranks)
+            yield Scorer(data, metrics, features, self.splits, self.flip, self.cache, self.batch_size, device)

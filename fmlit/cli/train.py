@@ -1,4 +1,22 @@
-"""The command line of training: a LightningCLI with a run folder, links from data to model, and one-line errors."""
+"""Train an image generator by flow matching or score matching.
+
+  train.py                                                 the quickstart: handwritten digits in a minute
+  train.py --config cifar10_flow                           a recipe that comes with fmlit, by its name
+  train.py --config FILE                                   a recipe of your own, a YAML file
+  train.py --config FILE --model.net.channels 64           with any key changed
+  train.py --config FILE --print_config                    every key and its value, without training
+  train.py --config FILE --resume                          go on with the newest run of that name
+  train.py --config runs/NAME/config.yaml --resume         the same, with all options that the run had
+
+The arguments of the model, of its parts and of the data depend on their class, and are listed by
+  train.py --model.help FlowMatchingModule                 ScoreMatchingModule
+  train.py --model.net.help fmlit.UNet                     fmlit.MLP
+  train.py --model.path.help CondOTPath                    CosinePath, PolynomialPath, VPPath
+  train.py --model.optimizer.help fmlit.Muon               fmlit.AdamW, fmlit.TorchOptimizer
+  train.py --data.help CIFAR10                             Digits, MNIST, ImageFolder, ...
+  train.py --samples.sampler.help ODESampler               SDESampler
+  train.py --trainer.logger.help fmlit.WandbLogger
+"""
 
 import json
 import math
@@ -8,7 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,15 +34,16 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import fmlit
 from fmlit.cli import errors, recipes
-from fmlit.cli.parsing import HELP, Parser, check_arguments, check_network, config_files
+from fmlit.cli.parsing import LINKS, Parser, check_arguments, check_network, switch_on
+from fmlit.cli.run_options import MANAGED_TRAINER_OPTIONS, RunOptions
 from fmlit.core.errors import LostProcessError, UserError
 from fmlit.data.data_module import DataModule
 from fmlit.storage.checkpoints import AtomicCheckpointIO
 from fmlit.storage.run_folder import RunFolder, expand_root
+from fmlit.training import trainer_settings
 from fmlit.training.callbacks import Preempted, ProgressBar, TrainingLog
 from fmlit.training.launch import begin
 from fmlit.training.loggers import MetricsFile
@@ -32,25 +51,6 @@ from fmlit.training.modules import GenerativeModule
 from fmlit.training.rendezvous import agree
 from fmlit.training.resume import Start, find_start, take_weights
 from fmlit.training.summary import Parts, describe_run, quiet_logging, summarize_run
-from fmlit.training.trainer_settings import (
-    check_launch,
-    check_launcher,
-    check_trainer,
-    cluster_plugins,
-    default_precision,
-    match_launcher,
-    static_graph_ddp,
-)
-
-# Trainer options that would be accepted and then ignored: the stream of batches is endless and its length is in images,
-# there is no validation loop, and run folder, checkpoints and their hash are ours.
-MANAGED_TRAINER_OPTIONS = {
-    *("default_root_dir", "enable_checkpointing", "enable_model_summary", "enable_autolog_hparams", "model_registry"),
-    *("use_distributed_sampler", "reload_dataloaders_every_n_epochs", "inference_mode", "barebones", "fast_dev_run"),
-    *("max_epochs", "min_epochs", "min_steps", "limit_train_batches", "overfit_batches"),
-    *("limit_val_batches", "limit_test_batches", "limit_predict_batches", "num_sanity_val_steps"),
-    *("val_check_interval", "check_val_every_n_epoch"),
-}
 
 PARTS: dict[str, type[pl.Callback]] = Parts.__annotations__
 MEMORY = "lower data.batch_size (while scoring quality.batch_size), or raise trainer.accumulate_grad_batches"
@@ -85,9 +85,9 @@ class TrainingCLI(LightningCLI):
     fit_seconds = math.inf
 
     def __init__(self, args: Sequence[str], program: str = "train.py") -> None:
-        args = recipes.resolve(args)
+        args = switch_on(recipes.resolve(args), {"--resume"})
         check_arguments(args)
-        self._stem = next((path.stem for path in config_files(args)), "run")
+        self._stem = next((path.stem for path in recipes.config_files(args)), "run")
         super().__init__(
             GenerativeModule,
             DataModule,
@@ -95,7 +95,7 @@ class TrainingCLI(LightningCLI):
             subclass_mode_data=True,
             parser_class=Parser,
             parser_kwargs={
-                "description": HELP.replace("train.py", program),
+                "description": (__doc__ or "").replace("train.py", program),  # the docstring of this file
                 "usage": f"{program} [--config NAME] [--KEY VALUE ...]",
                 "dump_header": [f"fmlit {fmlit.__version__}, lightning {pl.__version__}, torch {torch.__version__}"],
             },
@@ -109,7 +109,7 @@ class TrainingCLI(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of everything that is drawn.")
+        parser.add_class_arguments(RunOptions)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(
@@ -117,37 +117,17 @@ class TrainingCLI(LightningCLI):
         )
         parser.add_lightning_class_args(GenerativeModule, "model", subclass_mode=True)
         parser.add_lightning_class_args(DataModule, "data", subclass_mode=True)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str | None, help="Name of the run (default: the name of the YAML file).")
-        parser.add_argument("--runs", type=str, default="runs", help="Folder of all runs; ~ and $VAR are expanded.")
-        parser.add_argument(
-            "--resume",
-            type=bool | Literal["auto"],
-            nargs="?",
-            const=True,
-            default=False,
-            help="Go on with the newest run of this name; auto: if there is one, for jobs that are started again.",
-        )
-        parser.add_argument(
-            "--start_from",
-            type=str | None,
-            help="Start a new run from trained weights: a checkpoint (its first average), the folder of a run, or one "
-            "that was exported. A resumed run does not read it.",
-        )
-        parser.add_argument("--images", type=int, default=1_000_000, help="Run length in training images.")
         for key, cls in PARTS.items():
             parser.add_lightning_class_args(cls, key)
-        parser.link_arguments("images", "model.init_args.schedule.images")
-        parser.link_arguments("seed_everything", "model.init_args.seed")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
-        parser.link_arguments("data.shape", "model.init_args.shape", apply_on="instantiate")
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        for key, source in LINKS.items():
+            owner, _, name = key.partition(".")
+            when = "instantiate" if source.startswith("data.") else "parse"
+            parser.link_arguments(source, f"{owner}.init_args.{name}", apply_on=when)
 
     def before_instantiate_classes(self) -> None:
         if self.config["images"] < 1:
             raise UserError(f"images: a run has at least 1 training image, got {self.config['images']}")
-        check_trainer(self.config["trainer"])
+        trainer_settings.check_trainer(self.config["trainer"])
         check_network(self.config)
 
     def instantiate_classes(self) -> None:
@@ -168,7 +148,7 @@ class TrainingCLI(LightningCLI):
             if weights is not None and self.start.checkpoint is None:  # a requeued job may have none yet
                 take_weights(weights, self.model)
                 self.start = Start(weights=weights)
-            trainer = self._build_trainer(**self._trainer_settings(), **kwargs)
+            trainer = self._build_trainer(**self._settings(), **kwargs)
             self._check_processes(trainer)
         except BaseException:
             self.discard()
@@ -177,29 +157,28 @@ class TrainingCLI(LightningCLI):
 
     def _build_trainer(self, **settings: Any) -> pl.Trainer:
         try:
-            with static_graph_ddp():
+            with trainer_settings.static_graph_ddp():
                 trainer = super().instantiate_trainer(**settings)
-            check_launcher(trainer)
+            trainer_settings.check_launcher(trainer)
             return trainer
         except TRAINER_ERRORS as error:
             raise UserError(f"trainer: {error}") from error
 
-    def _trainer_settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """What is not left to the user, and the user's lists with ours added."""
         given = self.config_init["trainer"]
         steps = given["max_steps"]
         if steps == -1:
             left = max(0, self.config["images"] - self.start.images)
             steps = self.start.step + math.ceil(left / self.datamodule.batch_size)
-        given_loggers = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
-        loggers = [logger for logger in given_loggers if not isinstance(logger, bool | None)]
+        loggers, callbacks, plugins = (_listed(given[key]) for key in ("logger", "callbacks", "plugins"))
         for logger in loggers:
             if hasattr(logger, "attach"):
                 logger.attach(self.run_folder)
-        callbacks = given["callbacks"] if isinstance(given["callbacks"], list) else [given["callbacks"]]
         bar = [] if given["enable_progress_bar"] is False else [ProgressBar()]
-        plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
-        chosen = any(isinstance(plugin, Precision) for plugin in plugins)
+        precision = given["precision"]
+        if not (precision or any(isinstance(plugin, Precision) for plugin in plugins)):
+            precision = trainer_settings.default_precision(given["accelerator"])
         return {
             "default_root_dir": str(self.run_folder),
             "enable_checkpointing": False,  # ours is a callback of its own
@@ -207,16 +186,16 @@ class TrainingCLI(LightningCLI):
             "use_distributed_sampler": False,  # the data modules deal images to ranks themselves
             "max_epochs": -1,
             "max_steps": steps,
-            **match_launcher(given),
-            "precision": given["precision"] or (None if chosen else default_precision(given["accelerator"])),
+            **trainer_settings.match_launcher(given),
+            "precision": precision,
             "logger": [MetricsFile(self.run_folder, self.start.step), *loggers],
-            "callbacks": [*filter(None, callbacks), TrainingLog(), *bar],
-            "plugins": [*filter(None, plugins), *cluster_plugins(plugins), AtomicCheckpointIO()],
+            "callbacks": [*callbacks, TrainingLog(), *bar],
+            "plugins": [*plugins, *trainer_settings.cluster_plugins(plugins), AtomicCheckpointIO()],
         }
 
     def _check_processes(self, trainer: pl.Trainer) -> None:
         """Raise a UserError now, before other processes are launched, rather than in each of them."""
-        check_launch(trainer.world_size)
+        trainer_settings.check_launch(trainer.world_size)
         self.datamodule.trainer = trainer
         try:
             self.datamodule.rank_slice()
@@ -254,17 +233,26 @@ class TrainingCLI(LightningCLI):
 
     def discard(self) -> None:
         """Remove the run folder, if this process made it and nothing was saved there."""
-        if self._fresh and not self.run_folder.has_checkpoints() and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        if self._fresh and not self.run_folder.has_checkpoints() and not errors.process_rank():
             shutil.rmtree(self.run_folder, ignore_errors=True)
 
 
-def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, program: str = "train.py") -> None:
-    """``fmlit train``: train by command line, then print one line of JSON.
+def _listed(value: Any) -> list[Any]:
+    """One value or several as a list; empty for None, and for the True or False that stand for default loggers."""
+    return [item for item in (value if isinstance(value, list) else [value]) if not isinstance(item, bool | None)]
 
-    Without ``--config``, ``default_config`` is put in front. A default of the parser would leak into other recipes.
+
+def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, program: str = "train.py") -> None:
+    """Train by a command line. Its last line of output is JSON.
+
+    Args:
+        args: the command line.
+        default_config: a recipe that is put in front where the command line names none. As defaults of the parser, its
+            values would leak into other recipes.
+        program: how the user has started it.
     """
     started = time.perf_counter()
-    if not config_files(args) and not {"-c", "--config"} & set(args):
+    if not recipes.config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
     with quiet_logging():
         preempted = None

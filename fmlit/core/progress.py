@@ -10,7 +10,7 @@ from rich.progress import track
 T = TypeVar("T")
 
 
-def progress(batches: Iterable[T], total: int, what: str, shown: bool = True) -> Iterator[T]:
-    """Yield the batches and show a progress bar, if stderr is a terminal."""
+def progress(batches: Iterable[T], total: int | None, what: str, shown: bool = True) -> Iterator[T]:
+    """Yield the batches and show a progress bar, if stderr is a terminal. ``total`` None stands for their ``len``."""
     shown = shown and sys.stderr.isatty()
     yield from track(batches, what, total, console=Console(stderr=True), transient=True, disable=not shown)

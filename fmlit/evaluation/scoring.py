@@ -1,40 +1,24 @@
-"""Scores of images, and of the model behind them, against one data set."""
+"""Scores of images against one data set."""
 
-import math
 import time
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fmlit import solvers
 from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.core.progress import progress
-from fmlit.core.randomness import training_generator
-from fmlit.core.tensors import expand_time
-from fmlit.data.data_module import DataModule, Split
-from fmlit.data.stores import LabeledDataset
-from fmlit.flows.times import sampling_limits
-from fmlit.metrics import (
-    ClassReader,
-    Features,
-    ImageQuality,
-    InceptionFeatures,
-    PixelFeatures,
-    Reference,
-    nearest_neighbors,
-    reference_statistics,
-)
+from fmlit.data.data_module import DataModule
+from fmlit.metrics import ClassReader, Features, ImageQuality, InceptionFeatures, PixelFeatures, Reference
 from fmlit.metrics.image_quality import Metric
+from fmlit.metrics.precision_recall import nearest_neighbors
 from fmlit.metrics.protocol import count_label
-from fmlit.models.generative_model import GenerativeModel, evaluation_mode
-from fmlit.sampling.guidance import guided_velocity
-from fmlit.solvers import likelihood
+from fmlit.metrics.reference import reference_statistics
 
 MODEL_METRICS = ("class", "bpd")  # these ask the model, the others its images alone
 METRICS = (*get_args(Metric), *MODEL_METRICS)
@@ -54,7 +38,7 @@ def choose_features(features: str | Features | None, shape: Sequence[int]) -> Fe
 
 
 class Scorer:
-    """Scores any number of sets of images against the same data; all ranks of a process group take part.
+    """Scores any number of sets of images against the same data; all ranks of torch.distributed take part.
 
     Args:
         data: the real images.
@@ -66,7 +50,6 @@ class Scorer:
         cache: folder of the reference statistics.
         batch_size: images per call of the features.
         device: where the features run.
-        ranks: the processes that share the work.
     """
 
     def __init__(
@@ -74,22 +57,20 @@ class Scorer:
         data: DataModule,
         metrics: Sequence[str],
         features: Features,
-        splits: Sequence[str] = ("train",),
+        splits: Sequence[Any] = ("train",),  # the data check them
         flip: bool = False,
         cache: str | Path = "data/statistics",
         batch_size: int = 250,
         device: torch.device | str = "cpu",
-        ranks: ProcessGroup = ProcessGroup(),
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if "class" in metrics and data.num_classes is None:
             raise UserError(f"metric class needs classes, and {type(data).__name__} has none here")
-        self.data, self.metrics, self.flip = data, tuple(metrics), flip
-        self.splits = cast(tuple[Split, ...], tuple(splits))  # the data check them
-        self.cache, self.batch_size, self.device, self.ranks = cache, batch_size, torch.device(device), ranks
-        self.distances = cast(tuple[Metric, ...], tuple(m for m in metrics if m in get_args(Metric)))
-        self._features = features
+        self.data, self.metrics, self._features, self.splits, self.flip = data, metrics, features, splits, flip
+        self.cache, self.batch_size, self.device = cache, batch_size, torch.device(device)
+        self.distances: list[Metric] = [metric for metric in get_args(Metric) if metric in metrics]
+        self.ranks = ProcessGroup.current()
 
     @cached_property
     def features(self) -> Features:
@@ -105,7 +86,7 @@ class Scorer:
             identity |= {"features": self.features.name, "features_weights": self.features.fingerprint}
             identity |= {"splits": list(splits), "flip": self.flip}
         if "class" in self.metrics:
-            splits = tuple(sorted({*splits, "train"}))
+            splits = sorted({*splits, "train"})
         return identity | {"data": {split: self.data.fingerprint(split) for split in splits}}
 
     @cached_property
@@ -113,21 +94,11 @@ class Scorer:
         """The statistics of each split, from the cache or computed now."""
         return [self._reference(split) for split in self.splits]
 
-    def _reference(self, split: Split) -> Reference:
-        def bar(loader: Iterable[Tensor]) -> Iterable[Tensor]:
-            return progress(loader, len(cast(Sized, loader)), f"statistics of {split}", self.ranks.rank == 0)
-
-        dataset, fingerprint = self.data.dataset(split), self.data.fingerprint(split)
+    def _reference(self, split: Any) -> Reference:
+        dataset, fingerprint, workers = self.data.dataset(split), self.data.fingerprint(split), self.data.num_workers
+        bar = partial(progress, total=None, what=f"statistics of {split}", shown=self.ranks.rank == 0)
         return reference_statistics(
-            dataset,
-            fingerprint,
-            self.features,
-            split,
-            self.cache,
-            flip=self.flip,
-            batch_size=self.batch_size,
-            num_workers=self.data.num_workers,
-            progress=bar,
+            dataset, fingerprint, self.features, split, self.cache, self.flip, self.batch_size, workers, bar
         )
 
     @cached_property
@@ -136,6 +107,11 @@ class Scorer:
         dataset = self.data.dataset("train")
         subset = np.random.default_rng(0).permutation(len(dataset))[:READABLE]
         return ClassReader(*dataset.batch(subset.tolist()))
+
+    def batches(self, n: int) -> list[range]:
+        """This rank's batches of n items, as numbers of items."""
+        starts = range(0, n, self.batch_size)[self.ranks.rank :: self.ranks.size]
+        return [range(start, min(start + self.batch_size, n)) for start in starts]
 
     def score(
         self, batches: Iterable[tuple[Tensor, Tensor | None]], weights: str = "", sampler: str = ""
@@ -171,82 +147,24 @@ class Scorer:
             scores |= {f"class_{count_label(count)}": right / count, "reader_accuracy": reader.accuracy}
         return {"scores": scores, **origin, "seconds": round(time.perf_counter() - started, 2)}
 
+    def nearest(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k training items nearest to each of n uint8 images: distances and indices (n, k), on all ranks.
 
-def bits_per_dimension(
-    model: GenerativeModel,
-    data: DataModule,
-    n: int,
-    seed: int = 0,
-    batch_size: int = 250,
-    weights: str = "ema",
-    ranks: ProcessGroup = ProcessGroup(),
-) -> dict[str, Any]:
-    """Bits that the model needs per pixel and channel of n random test images, an upper bound; as ``Scorer.score``.
-
-    The mean over images of ``-log2 p(z) / dimensions``, with its standard error: by dopri5 at 1e-5, Hutchinson's
-    estimate of the divergence and one draw of uniform dequantization per image. A conditional model is asked for
-    p(z | label). Where the model's clock ends before t = 1, z enters as ``alpha z``, whose density is that of z divided
-    by ``alpha^dimensions``.
-    """
-    dataset = data.dataset("test")
-    chosen = np.random.default_rng(seed).permutation(len(dataset))[:n]
-    limits = sampling_limits(model.path, model.prediction)
-    times = torch.tensor(limits, dtype=torch.float64)
-    bits = []
-    with ranks.fail_together(), evaluation_mode(model):
-        for start in range(ranks.rank * batch_size, len(chosen), ranks.size * batch_size):
-            images, labels = dataset.batch(chosen[start : start + batch_size].tolist())
-            if images.dtype != torch.uint8:
-                raise UserError(f"metric bpd is of 8-bit images, and {type(data).__name__} holds {images.dtype}")
-            generator = training_generator(seed, start, "bpd")
-            z = likelihood.dequantize(images, generator).to(model.device)
-            field = guided_velocity(model, None if model.num_classes is None else labels.to(model.device), 1.0)
-            alpha = model.path.alpha(torch.full((len(z),), limits.end, device=z.device))
-            z = expand_time(alpha, z) * z
-            log_prob = likelihood.log_likelihood(field, z, times, "hutchinson", solvers.dopri5, generator)
-            log_prob = log_prob + math.prod(model.shape) * alpha.log()
-            bits.append(likelihood.bits_per_dimension(log_prob, model.shape).double().cpu())
-    values = ranks.gather_rows(torch.cat(bits) if bits else torch.empty(0, dtype=torch.float64))
-    label = count_label(len(values))
-    kind = "conditional" if model.num_classes else "unconditional"
-    return {
-        "scores": {f"bpd_{label}": values.mean().item(), "bpd_error": values.std().item() / len(values) ** 0.5},
-        "protocol": f"bpd{label}-test-dequantised-hutchinson-{kind}-{weights}-dopri5",
-    }
-
-
-def nearest_in(
-    dataset: LabeledDataset,
-    features: Features,
-    images: Tensor,
-    k: int,
-    batch_size: int,
-    ranks: ProcessGroup = ProcessGroup(),
-) -> tuple[Tensor, Tensor]:
-    """The k items nearest to each of n uint8 images by their features: distances and indices (n, k), on all ranks.
-
-    Every item is looked at, so that a copied training image is found wherever it is.
-    """
-    queries = features(images)
-    distances, indices = torch.empty(0, len(images), dtype=torch.float64), torch.empty(0, len(images)).long()
-    with ranks.fail_together():
-        for start in range(ranks.rank * batch_size, len(dataset), ranks.size * batch_size):
-            members = features(dataset.batch(range(start, min(start + batch_size, len(dataset))))[0])
-            found = nearest_neighbors(queries, members, min(k, len(members)))
-            distances = torch.cat([distances, found.distances.T.cpu()])
-            indices = torch.cat([indices, start + found.indices.T.cpu()])
-            distances, indices = _nearest(distances, indices, k)
-    distances, indices = _nearest(ranks.gather_rows(distances), ranks.gather_rows(indices), k)
-    return distances.T, indices.T
+        Distances are between features. Every item is looked at, so a copied training image is found wherever it is.
+        """
+        dataset, queries = self.data.dataset("train"), self.features(images)
+        distances, indices = torch.empty(0, len(images), dtype=torch.float64), torch.empty(0, len(images)).long()
+        with self.ranks.fail_together():
+            for batch in self.batches(len(dataset)):
+                found = nearest_neighbors(queries, self.features(dataset.batch(batch)[0]), min(k, len(batch)))
+                distances = torch.cat([distances, found.distances.T.cpu()])
+                indices = torch.cat([indices, batch.start + found.indices.T.cpu()])
+                distances, indices = _nearest(distances, indices, k)
+        distances, indices = _nearest(self.ranks.gather_rows(distances), self.ranks.gather_rows(indices), k)
+        return distances.T, indices.T
 
 
 def _nearest(distances: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k smallest of each column, and the indices there."""
     distances, rows = distances.topk(min(k, len(distances)), dim=0, largest=False)
     return distances, indices.gather(0, rows)
-
-
-def beside_neighbors(images: Tensor, indices: Tensor, dataset: LabeledDataset) -> Iterator[Tensor]:
-    """Each image (C, H, W), followed by its neighbors (k, C, H, W): the rows of a picture."""
-    for image, neighbors in zip(images, indices.tolist(), strict=True):
-        yield torch.cat([image[None].cpu(), dataset.batch(neighbors)[0]])

@@ -14,7 +14,6 @@ import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
-from fmlit.cli import parsing
 from fmlit.cli import train as command
 from fmlit.core.errors import FileError, UserError
 from fmlit.sampling.samplers import ODESampler
@@ -48,7 +47,7 @@ def test_help_names_our_options_and_fits_the_signatures(tmp_path: Path) -> None:
     assert "Half-lives" in text or "half-lives in images" in text  # the docstring of EMA
 
 
-HINTS = re.findall(r"train\.py --([\w.]+)\.help ([\w.]+)", parsing.HELP)
+HINTS = re.findall(r"train\.py --([\w.]+)\.help ([\w.]+)", command.__doc__)
 
 
 @pytest.mark.parametrize(("key", "cls"), HINTS)

@@ -20,9 +20,8 @@ from fmlit.cli.options import Integers, Names
 from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.randomness import training_generator
 from fmlit.core.tensors import to_uint8
-from fmlit.data.stores import InMemoryDataset
-from fmlit.evaluation import measurements, reports, scoring
-from fmlit.evaluation.scoring import Scorer, choose_features, nearest_in
+from fmlit.evaluation import measurements, reports
+from fmlit.evaluation.scoring import Scorer, choose_features
 from fmlit.flows.diffusions import ReverseDiffusion
 from fmlit.flows.paths import CondOTPath, VPPath
 from fmlit.metrics import GaussianStatistics, PixelFeatures, frechet_distance
@@ -123,7 +122,8 @@ def test_an_interrupted_sweep_goes_on(checkpoint, options, monkeypatch):
 def test_bits_per_dimension_of_a_gaussian(path):
     """The known model's density is N(0, 1/4), whatever the path and its end-point cut-offs."""
     model, data = known_model(path=path), Digits()
-    told = scoring.bits_per_dimension(model, data, 6, seed=2, batch_size=6)
+    scorer = Scorer(data, ["bpd"], PixelFeatures(), batch_size=6)
+    told = measurements.LikelihoodMeasurement(measurements.ScoredModel(model, "ema", scorer, 6, seed=2)).measure()
     dataset = data.dataset("test")
     chosen = np.random.default_rng(2).permutation(len(dataset))[:6]
     z = likelihood.dequantize(dataset.batch(chosen.tolist())[0], training_generator(2, 0, "bpd")).double().flatten(1)
@@ -155,10 +155,10 @@ def test_reading_classes():
 
 def test_copies_are_found_wherever_they_are():
     images = real()
-    dataset = InMemoryDataset(images)
+    scorer = Scorer(Digits(), ["fid"], PixelFeatures(), batch_size=359)  # a last batch of 1
     queries = images[[3, 1436]].clone()
     queries[1, 0, 0, 0] ^= 1
-    distances, indices = nearest_in(dataset, PixelFeatures(), queries, k=5, batch_size=359)  # a last batch of 1
+    distances, indices = scorer.nearest(queries, k=5)
     assert indices[:, 0].tolist() == [3, 1436]
     assert distances[0, 0] == 0
     assert distances[1, 0] == pytest.approx(1 / 127.5, rel=1e-3)

@@ -15,7 +15,7 @@ def test_options_and_interval_reach_every_sampler():
         guidance=Numbers([1.0, 2.0]),
         guidance_interval=Numbers([0.2, 0.8]),
     )
-    assert [sampler.name for sampler in sweep.samplers()] == [
+    assert [sampler.name for sampler in sweep.build(sweep.solver, sweep.steps, sweep.guidance)] == [
         "unipc5+order3",
         "unipc5+order3+cfg2_0.2to0.8",
         "unipc10+order3",
@@ -33,4 +33,4 @@ def test_options_and_interval_reach_every_sampler():
 )
 def test_mistakes_are_named(options, message):
     with pytest.raises(UserError, match=message):
-        Sweep(**options).samplers()
+        Sweep(**options).build(options.get("solver", ["heun"]), [None], options.get("guidance", [1.0]))

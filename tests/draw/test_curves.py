@@ -2,8 +2,8 @@
 
 import pytest
 
+from docs.draw.curves import read_metrics, training_curves
 from fmlit.core.errors import UserError
-from fmlit.evaluation.curves import read_metrics, training_curves
 
 ROWS = """step,images_seen,loss,loss_t/0.00-0.50,loss_t/0.50-1.00
 1,10,4.0,6.0,2.0
