@@ -99,7 +99,8 @@ class DataModule(LightningDataModule, ABC):
         return {**batch, "data": from_uint8(data) if data.dtype == torch.uint8 else data}
 
     def _images_seen(self) -> int:
-        return int(getattr(self.trainer and self.trainer.lightning_module, "images_seen", 0))
+        module = None if self.trainer is None else self.trainer.lightning_module
+        return int(getattr(module, "images_seen", 0))
 
     def rank_slice(self) -> RankSlice:
         """This process's part of a global micro-batch.
@@ -113,7 +114,10 @@ class DataModule(LightningDataModule, ABC):
         world_size, accumulated = trainer.world_size, trainer.accumulate_grad_batches
         # Lightning's own error names a sampler that the user has never seen.
         if world_size > 1 and replaces_sampler(trainer):
-            raise UserError("pass Trainer(use_distributed_sampler=False): the data module deals images to processes")
+            raise UserError(
+                "pass Trainer(use_distributed_sampler=False): the data module already deals images to the "
+                f"{world_size} processes"
+            )
         parts = world_size * accumulated
         if self.batch_size % parts:
             below = self.batch_size // parts * parts

@@ -6,7 +6,7 @@ An ``.npz`` holds ``arr_0``, uint8 (N, H, W, C), and ``arr_1``, int64 class ids 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -29,10 +29,10 @@ def save_pngs(folder: Path, images: Tensor, first: int = 0) -> None:
 def save_npz(file: IO[bytes], samples: Tensor, labels: Tensor | None = None) -> None:
     """uint8 images (B, C, H, W), channels last, or vectors (B, *shape) as they are; labels (B,)."""
     channels_last = samples.permute(0, 2, 3, 1) if samples.ndim == 4 else samples
-    arrays = {"arr_0": channels_last.cpu().numpy()}
+    arrays: dict[str, Any] = {"arr_0": channels_last.cpu().numpy()}
     if labels is not None:
         arrays["arr_1"] = labels.cpu().numpy()
-    np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
+    np.savez(file, **arrays)
 
 
 def read_images(path: str, shape: Sequence[int]) -> LabeledDataset:

@@ -92,9 +92,9 @@ class Reference:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         header = {"identity": dataclasses.asdict(self.identity), "image_shape": self.image_shape, "count": self.count}
         tensors = {"mu": self.mean, "sigma": self.covariance, "features": self.features, "indices": self.indices}
-        arrays = {"header": np.array(json.dumps(header))} | {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
         with atomic_write(Path(path)) as file:
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, header=np.array(json.dumps(header)), **arrays)
 
     @staticmethod
     def load(path: str | Path) -> "Reference":

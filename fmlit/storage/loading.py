@@ -93,7 +93,7 @@ def _select_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     name = next(iter(averaged), weights) if weights == "ema" and "ema" not in averaged else weights
     if name not in averaged:
         raise UserError(f"it holds no weights {weights!r}; choose one of: {', '.join(['raw', *averaged])}")
-    return averaged[name]  # type: ignore[no-any-return]
+    return averaged[name]
 
 
 def _check_fit(given: dict[str, Any], wanted: dict[str, Any]) -> None:
