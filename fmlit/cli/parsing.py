@@ -170,7 +170,7 @@ def _arguments(cls: Any) -> list[str]:
 
 def switch_on(args: Sequence[str], switches: Container[str]) -> list[str]:
     """The command line with ``=true`` behind each switch that stands without a value."""
-    alone = [arg in switches and after.startswith("-") for arg, after in zip(args, [*args[1:], "-"], strict=True)]
+    alone = [arg in switches and after.startswith("-") for arg, after in zip(args, [*args[1:], "-"], strict=False)]
     return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
 
 

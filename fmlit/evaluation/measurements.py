@@ -132,14 +132,9 @@ class SampleMeasurement(Measurement):
         self.picture = folder / f"neighbors-{label}.png" if neighbors else None
         self.pngs = save_images / label if save_images else None
         self.files = tuple(path for path in (self.picture, self.pngs) if path is not None)
-        settings: Record = {
-            "name": self.name,
-            "solver": sampler.method,
-            "steps": sampler.steps,
-            "guidance": sampler.guidance,
-            "grid": repr(sampler.grid),
-            "sigma": repr(sampler.sigma) if isinstance(sampler, SDESampler) else None,
-        }
+        sigma = repr(sampler.sigma) if isinstance(sampler, SDESampler) else None
+        settings: Record = {"name": self.name, "solver": sampler.method, "steps": sampler.steps}
+        settings |= {"guidance": sampler.guidance, "grid": repr(sampler.grid), "sigma": sigma}
         self.identity = {**settings, **scored.guide_identity, **scored.identity, **scored.scorer.identity}
 
     def measure(self) -> Record:
