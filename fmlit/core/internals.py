@@ -46,6 +46,11 @@ def compile_backward_early() -> None:
     torch._functorch.config.force_non_lazy_backward_lowering = True
 
 
+def is_compiled(net: nn.Module) -> bool:
+    """Whether a network is what ``torch.compile`` returns, which saves its weights under other names."""
+    return hasattr(net, "_orig_mod")
+
+
 def is_compiler_error(error: Exception) -> bool:
     """Whether ``torch.compile`` failed, and not the network itself.
 
