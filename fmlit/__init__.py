@@ -66,59 +66,76 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     from fmlit.data.digits import Digits as Digits
     from fmlit.data.image_folder import ImageFolder as ImageFolder
     from fmlit.data.mnist import MNIST as MNIST
-    from fmlit.data.toys import Checkerboard as Checkerboard
-    from fmlit.data.toys import Moons as Moons
-    from fmlit.data.toys import TwoPoints as TwoPoints
-    from fmlit.flows.couplings import Coupling as Coupling
-    from fmlit.flows.couplings import IndependentCoupling as IndependentCoupling
-    from fmlit.flows.couplings import OptimalTransportCoupling as OptimalTransportCoupling
-    from fmlit.flows.diffusions import BetaDiffusion as BetaDiffusion
-    from fmlit.flows.diffusions import ConstantDiffusion as ConstantDiffusion
-    from fmlit.flows.diffusions import Diffusion as Diffusion
-    from fmlit.flows.diffusions import ReverseDiffusion as ReverseDiffusion
+    from fmlit.data.toys import Checkerboard as Checkerboard, Moons as Moons, TwoPoints as TwoPoints
+    from fmlit.flows.couplings import (
+        Coupling as Coupling,
+        IndependentCoupling as IndependentCoupling,
+        OptimalTransportCoupling as OptimalTransportCoupling,
+    )
+    from fmlit.flows.diffusions import (
+        BetaDiffusion as BetaDiffusion,
+        ConstantDiffusion as ConstantDiffusion,
+        Diffusion as Diffusion,
+        ReverseDiffusion as ReverseDiffusion,
+    )
     from fmlit.flows.mixtures import GaussianMixture as GaussianMixture
-    from fmlit.flows.paths import CondOTPath as CondOTPath
-    from fmlit.flows.paths import CosinePath as CosinePath
-    from fmlit.flows.paths import GaussianPath as GaussianPath
-    from fmlit.flows.paths import PolynomialPath as PolynomialPath
-    from fmlit.flows.paths import VPPath as VPPath
-    from fmlit.flows.predictions import Data as Data
-    from fmlit.flows.predictions import Noise as Noise
-    from fmlit.flows.predictions import PreconditionedVelocity as PreconditionedVelocity
-    from fmlit.flows.predictions import Prediction as Prediction
-    from fmlit.flows.predictions import Score as Score
-    from fmlit.flows.predictions import Velocity as Velocity
-    from fmlit.flows.times import LogitNormalTime as LogitNormalTime
-    from fmlit.flows.times import TimeDistribution as TimeDistribution
-    from fmlit.flows.times import UniformTime as UniformTime
+    from fmlit.flows.paths import (
+        CondOTPath as CondOTPath,
+        CosinePath as CosinePath,
+        GaussianPath as GaussianPath,
+        PolynomialPath as PolynomialPath,
+        VPPath as VPPath,
+    )
+    from fmlit.flows.predictions import (
+        Data as Data,
+        Noise as Noise,
+        PreconditionedVelocity as PreconditionedVelocity,
+        Prediction as Prediction,
+        Score as Score,
+        Velocity as Velocity,
+    )
+    from fmlit.flows.times import (
+        LogitNormalTime as LogitNormalTime,
+        TimeDistribution as TimeDistribution,
+        UniformTime as UniformTime,
+    )
     from fmlit.metrics.dinov2 import DINOv2Features as DINOv2Features
-    from fmlit.metrics.features import Features as Features
-    from fmlit.metrics.features import NetworkFeatures as NetworkFeatures
-    from fmlit.metrics.features import PixelFeatures as PixelFeatures
+    from fmlit.metrics.features import (
+        Features as Features,
+        NetworkFeatures as NetworkFeatures,
+        PixelFeatures as PixelFeatures,
+    )
     from fmlit.metrics.inception import InceptionFeatures as InceptionFeatures
     from fmlit.models.compilation import Execution as Execution
     from fmlit.models.generative_model import GenerativeModel as GenerativeModel
     from fmlit.models.mlp import MLP as MLP
     from fmlit.models.unet import UNet as UNet
     from fmlit.sampling.generate import sample as sample
-    from fmlit.sampling.grids import EDMGrid as EDMGrid
-    from fmlit.sampling.grids import Grid as Grid
-    from fmlit.sampling.grids import LogitSNRGrid as LogitSNRGrid
-    from fmlit.sampling.grids import UniformGrid as UniformGrid
-    from fmlit.sampling.samplers import ChurnSampler as ChurnSampler
-    from fmlit.sampling.samplers import ODESampler as ODESampler
-    from fmlit.sampling.samplers import Sampler as Sampler
-    from fmlit.sampling.samplers import SDESampler as SDESampler
-    from fmlit.solvers.likelihood import bits_per_dimension as bits_per_dimension
-    from fmlit.solvers.likelihood import log_likelihood as log_likelihood
+    from fmlit.sampling.grids import (
+        EDMGrid as EDMGrid,
+        Grid as Grid,
+        LogitSNRGrid as LogitSNRGrid,
+        UniformGrid as UniformGrid,
+    )
+    from fmlit.sampling.samplers import (
+        ChurnSampler as ChurnSampler,
+        ODESampler as ODESampler,
+        Sampler as Sampler,
+        SDESampler as SDESampler,
+    )
+    from fmlit.solvers.likelihood import bits_per_dimension as bits_per_dimension, log_likelihood as log_likelihood
     from fmlit.storage.loading import load as load
     from fmlit.training.draws import TrainingDraws as TrainingDraws
     from fmlit.training.loggers import WandbLogger as WandbLogger
-    from fmlit.training.modules import FlowMatchingModule as FlowMatchingModule
-    from fmlit.training.modules import GenerativeModule as GenerativeModule
-    from fmlit.training.modules import ScoreMatchingModule as ScoreMatchingModule
-    from fmlit.training.optimizers import AdamW as AdamW
-    from fmlit.training.optimizers import Muon as Muon
-    from fmlit.training.optimizers import OptimizerConfig as OptimizerConfig
-    from fmlit.training.optimizers import TorchOptimizer as TorchOptimizer
+    from fmlit.training.modules import (
+        FlowMatchingModule as FlowMatchingModule,
+        GenerativeModule as GenerativeModule,
+        ScoreMatchingModule as ScoreMatchingModule,
+    )
+    from fmlit.training.optimizers import (
+        AdamW as AdamW,
+        Muon as Muon,
+        OptimizerConfig as OptimizerConfig,
+        TorchOptimizer as TorchOptimizer,
+    )
     from fmlit.training.schedules import LearningRateSchedule as LearningRateSchedule

@@ -142,8 +142,7 @@ class TrainingCLI(LightningCLI):
         self._fresh = not resumed
         try:
             if resumed:
-                start = agree(lambda: json.dumps(find_start(self.run_folder, self.model, resume is True)))
-                self.start = Start(*json.loads(start))
+                self.start = Start(*agree(lambda: find_start(self.run_folder, self.model, resume is True)))
             weights = self.config["start_from"]
             if weights is not None and self.start.checkpoint is None:  # a requeued job may have none yet
                 take_weights(weights, self.model)

@@ -24,6 +24,11 @@ MISTAKES = (UserError, FileNotFoundError)
 INTERRUPTED = 130  # the exit code that shells report for Ctrl-C
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or the name of its class if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def original_message(message: str, kind: type[BaseException]) -> str:
     """The message of an exception that may come from a worker process.
 

@@ -46,6 +46,11 @@ def compile_backward_early() -> None:
     torch._functorch.config.force_non_lazy_backward_lowering = True
 
 
+def is_compiled(net: nn.Module) -> bool:
+    """Whether a network is what ``torch.compile`` returns, which saves its weights under other names."""
+    return hasattr(net, "_orig_mod")
+
+
 def is_compiler_error(error: Exception) -> bool:
     """Whether ``torch.compile`` failed, and not the network itself.
 
@@ -67,11 +72,6 @@ def replace_call(net: nn.Module, call: Callable[..., Any]) -> None:
     Delete once ``torch.compile`` can fall back to the plain network for a compiler error alone.
     """
     net._compiled_call_impl = call
-
-
-def is_compile_wrapper(net: nn.Module) -> bool:
-    """Whether this is what ``torch.compile(net)`` returns. Delete once torch exports the class of it."""
-    return hasattr(net, "_orig_mod")
 
 
 def replaces_sampler(trainer: Any) -> bool:

@@ -1,12 +1,12 @@
 """Exponential moving averages of the weights, kept beside the trained ones and never swapped with them."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from fmlit.core.errors import UserError
 from fmlit.core.internals import copy_all, has_buffers, lerp_all
@@ -40,36 +40,29 @@ class EMA(Callback):
             raise UserError(f"ema.ramp must be positive, got {ramp}")
         self.half_lives, self.ramp = tuple(half_lives), ramp
         self.names = tuple(f"ema_{half_life}" for half_life in self.half_lives)
-        self.copies: dict[str, AveragedModel] = {}
+        self.copies: dict[str, nn.Module] = {}
         self._parameters: dict[str, list[Tensor]] = {}  # of the trained network ("") and of each copy
-        self._buffered = False  # whether there are buffers
-        self._float = True  # whether these are in float32
+        self._started = False  # the first update copies the weights instead of averaging
+        self._buffered, self._float = False, True  # whether the network has buffers, and is all in float32
         self._images_seen = self._step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        pl_module.run.averages = self
-        self.copies = self.copies or {name: self._new_copy(pl_module.model.net) for name in self.names}
-
-    def _new_copy(self, net: nn.Module) -> AveragedModel:
-        copy = AveragedModel(net, use_buffers=False).float()
-        copy.requires_grad_(False)
-        return copy.eval()
+        if stage == "fit":
+            pl_module.run.averages, net = self, pl_module.model.net
+            self.copies = self.copies or {
+                name: deepcopy(net).float().requires_grad_(False).eval() for name in self.names
+            }
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
-        for copy in self.copies.values():
-            copy.module.to(pl_module.device)  # the count stays on the CPU, where reading it stalls no queue
-            pl_module.execution.compile_net(copy.module)
+        for net in self.copies.values():
+            pl_module.execution.compile_net(net.to(pl_module.device))
         self._parameters = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         self._images_seen, self._step = pl_module.images_seen, trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: GenerativeModule, *_: Any) -> None:
         self.update(pl_module, trainer.global_step)
 
     @torch.no_grad()
@@ -85,44 +78,39 @@ class EMA(Callback):
         if not self._parameters:  # listing them takes eight times as long as averaging those of a small network
             nets: dict[str, nn.Module] = {"": module.model.net, **self.copies}
             self._parameters = {name: [*net.parameters()] for name, net in nets.items()}
-            self._buffered = has_buffers(nets[""])
+            self._buffered = has_buffers(module.model.net)
             self._float = all(p.dtype == torch.float32 for p in self._parameters[""])
-        trained = self._parameters[""]
-        if not self._float:
-            trained = [p.float() for p in trained]
-        for half_life, (name, copy) in zip(self.half_lives, self.copies.items(), strict=True):
-            if copy.n_averaged == 0:
-                copy_all(self._parameters[name], trained)
-            else:
+        trained = self._parameters[""] if self._float else [p.float() for p in self._parameters[""]]
+        for half_life, (name, average) in zip(self.half_lives, self.copies.items(), strict=True):
+            if self._started:
                 decay = 0.5 ** (images / min(half_life, self.ramp * seen))
                 lerp_all(self._parameters[name], trained, 1 - decay)
-            copy.n_averaged += 1
+            else:
+                copy_all(self._parameters[name], trained)
             if self._buffered:
-                _copy_buffers(module.model.net, copy.module)
+                _copy_buffers(module.model.net, average)
+        self._started = True
 
     def model(self, module: GenerativeModule, name: str | None = None) -> GenerativeModel:
         """The module's ``GenerativeModel`` around an averaged copy (the first, or the one of that name)."""
-        return module.model.with_net(self.copies[name or self.names[0]].module)
+        return module.model.with_net(self.copies[name or self.names[0]])
 
     def averaged_weights(self) -> dict[str, dict[str, Tensor]]:
         """For each copy, the state dict of the network."""
-        return {name: copy.module.state_dict() for name, copy in self.copies.items()}
+        return {name: net.state_dict() for name, net in self.copies.items()}
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: GenerativeModule, checkpoint: Mapping[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: Mapping[str, Any]) -> None:
         stored = checkpoint.get("ema", {})
-        missing = [name for name in self.names if name not in stored]
-        if missing:
+        if missing := [name for name in self.names if name not in stored]:
             raise UserError(f"the checkpoint has no average {missing[0]}, only {sorted(stored)}: keep ema.half_lives")
-        for name, copy in self.copies.items():
-            copy.module.load_state_dict(stored[name])
-            copy.n_averaged.fill_(1)  # the first update copies the weights instead of averaging
+        for name, net in self.copies.items():
+            net.load_state_dict(stored[name])
+        self._started = True
 
 
-def _copy_buffers(net: nn.Module, copy: nn.Module) -> None:
-    """By name: buffers may be made, replaced or resized by a network as it runs; caches of its own are left to it."""
-    ours = dict(copy.named_buffers())
+def _copy_buffers(net: nn.Module, average: nn.Module) -> None:
+    """Copy by name. A network may make, replace or resize buffers as it runs. Each network keeps caches of its own."""
+    ours = dict(average.named_buffers())
     for name, theirs in net.named_buffers():
         if name in ours and ours[name].shape == theirs.shape:
             ours[name].copy_(theirs)

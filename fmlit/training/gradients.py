@@ -11,6 +11,8 @@ from fmlit.core.errors import UserError
 from fmlit.core.internals import are_finite
 from fmlit.core.processes import ProcessGroup
 
+REMEDIES = "lower model.optimizer.learning_rate, set trainer.gradient_clip_val, or look at the data"
+
 
 class GradientGuard:
     """Notes on the device, where no step waits, whether losses and gradients are finite; ``check`` reads the notes.
@@ -67,24 +69,23 @@ class GradientGuard:
             self._check_losses()
         if self._bad_since.item() < 0:
             return
-        totals = ProcessGroup.current().gather_objects(self._losses.item())
-        ranks = [rank for rank, total in enumerate(totals) if not math.isfinite(total)]
-        where = f", where the loss was not finite on rank {', '.join(map(str, ranks))}" if ranks else ""
-        raise UserError(
-            f"the gradient is not finite after {self._bad_since.item():,} images{where}; weights and checkpoints are "
-            f"as before it: lower model.optimizer.learning_rate, set trainer.gradient_clip_val, or look at the data"
-        )
+        ranks = self._ranks_with_bad_losses()
+        where = f", where the loss was not finite on rank {ranks}" if ranks else ""
+        after = f"after {self._bad_since.item():,} images{where}"
+        raise UserError(f"the gradient is not finite {after}; weights and checkpoints are as before it: {REMEDIES}")
 
     def _check_losses(self) -> None:
         """Twice in a row, since a scaler may yet find its scale where one loss overflows."""
         if not self._noted:
             return
-        totals = ProcessGroup.current().gather_objects(self._losses.item())
-        ranks = [rank for rank, total in enumerate(totals) if not math.isfinite(total)]
+        ranks = self._ranks_with_bad_losses()
         self._noted, self._bad_checks = 0, self._bad_checks + 1 if ranks else 0
         self._losses.zero_()
         if self._bad_checks > 1:
-            raise UserError(
-                f"the loss is not finite on rank {', '.join(map(str, ranks))}: use trainer.precision bf16-mixed or "
-                f"32-true, lower model.optimizer.learning_rate, set trainer.gradient_clip_val, or look at the data"
-            )
+            precision = "use trainer.precision bf16-mixed or 32-true"
+            raise UserError(f"the loss is not finite on rank {ranks}: {precision}, {REMEDIES}")
+
+    def _ranks_with_bad_losses(self) -> str:
+        """The ranks that saw a loss that was not finite, as in "0, 3"."""
+        totals = ProcessGroup.current().gather_objects(self._losses.item())
+        return ", ".join(str(rank) for rank, total in enumerate(totals) if not math.isfinite(total))

@@ -1,49 +1,39 @@
 """How a launch gets its run folder, how it comes back to it, and how all its processes agree on it."""
 
-import json
 import os
 import uuid
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.rendezvous import agree, connect, find_meeting
 
 
-class Run(NamedTuple):
-    """A run folder, and whether this launch continues what is in there."""
-
-    folder: RunFolder
-    resumed: bool
-
-
-def begin(root: str | Path, name: str, resume: bool | Literal["auto"] = False) -> Run:
+def begin(root: str | Path, name: str, resume: bool | Literal["auto"] = False) -> tuple[RunFolder, bool]:
     """Choose the run folder of this launch. Rank 0 decides for all processes, and each calls this before all else.
 
     A requeued Slurm job and a torchrun restart come back to their folder as a resumed run. Otherwise ``resume``
     continues the newest run of that name ("auto": if there is one), and without it a new folder is claimed.
+
+    Returns:
+        The folder, and whether this launch continues what is in it.
     """
-
-    def decide() -> str:
-        folder, resumed = _choose(Path(root), name, resume)
-        return json.dumps([str(folder), resumed])
-
-    folder, resumed = json.loads(agree(decide))
-    return Run(RunFolder(Path(folder)), resumed)
+    folder, resumed = agree(lambda: _choose(root, name, resume))
+    return RunFolder(Path(folder)), resumed
 
 
-def _choose(root: Path, name: str, resume: bool | Literal["auto"]) -> Run:
+def _choose(root: str | Path, name: str, resume: bool | Literal["auto"]) -> tuple[str, bool]:
     launch, restarted = _identify_launch()
+    runs = RunFolder.named(root, name)
     if restarted:
-        for folder in reversed(RunFolder.named(root, name)):
+        for folder in reversed(runs):
             if launch in folder.read_record().get("launches", []):
-                return Run(folder, True)
-    if resume == "auto":
-        resume = bool(RunFolder.named(root, name))
+                return str(folder), True
+    resume = bool(runs) if resume == "auto" else resume
     folder = RunFolder.newest(root, name) if resume else RunFolder.claim(root, name)
     if launch:
         folder.add_launch(launch)
-    return Run(folder, resume)
+    return str(folder), resume
 
 
 def _identify_launch() -> tuple[str | None, bool]:

@@ -4,6 +4,7 @@ All were seen in Lightning 2.6 and jsonargparse 4.53. ``fmlit.core.internals`` i
 fails where another module touches such a name.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,13 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
-def skip_signal_broadcast(trainer: pl.Trainer) -> None:
+def skip_signal_broadcast(trainer: Any) -> None:
     """Stop Lightning from broadcasting a flag in every step, with a wait for the device.
 
     The flag tells other ranks of a SIGTERM. fmlit handles signals itself, so the flag is never set. Delete once
     Lightning broadcasts only where its own signal handler is in place.
     """
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 def trains_in_copies(trainer: pl.Trainer) -> bool:
@@ -64,9 +65,9 @@ class RelocatableWandbLogger(WandbLogger):
     Delete once Lightning starts the W&B run in a method of its own that a subclass can replace.
     """
 
-    def relocate(self, folder: Path) -> None:
-        """Record in this folder, under its name."""
-        self._save_dir, self._name = str(folder), folder.name
+    def attach(self, folder: str | os.PathLike[str]) -> None:
+        """Record in this folder, as the W&B run whose id is kept there."""
+        self._save_dir, self._name = str(folder), Path(folder).name
 
     @property
     def init_arguments(self) -> dict[str, Any]:

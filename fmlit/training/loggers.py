@@ -9,19 +9,17 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from PIL.Image import Image
 
-from fmlit.core.errors import UserError
+from fmlit.core.errors import UserError, first_line
 from fmlit.core.files import atomic_write
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.lightning_internals import RelocatableWandbLogger
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +39,20 @@ class MetricsFile(Logger):
         resumed_at: rows after this step are dropped from a file that is there already.
     """
 
+    version = ""
+
     def __init__(self, run_folder: str | os.PathLike[str], resumed_at: int = 0) -> None:
         super().__init__()
         self.run_folder, self.resumed_at = RunFolder(Path(run_folder)), resumed_at
+        self.path = self.run_folder.metrics
         self._columns: list[str] = []
         self._last: dict[str, Any] = {}
-        self._size = self._end = 0  # of the file, without its last row, and with it
+        self._size = 0  # of the file without its last row
         self._failing = False
-
-    @property
-    def path(self) -> Path:
-        return self.run_folder.metrics
 
     @property
     def name(self) -> str:
         return self.run_folder.path.name
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @property
     def save_dir(self) -> str:
@@ -77,9 +70,6 @@ class MetricsFile(Logger):
             if not self._failing:
                 log.warning("%s: rows are left out (%s)", self.path, error.strerror or error)
             self._failing, self._last = True, {}
-            if self._columns:  # until then the file is that of the launch before
-                with contextlib.suppress(OSError):
-                    os.truncate(self.path, self._end)  # the half of a row
         else:
             self._failing = False
 
@@ -92,13 +82,16 @@ class MetricsFile(Logger):
             self._rewrite([*self._read()[: -1 if same else None], self._last])
             return
         if not same:
-            self._size = self._end
-        self._end = self._size  # if this fails
-        with self.path.open("r+", newline="") as file:
-            file.truncate(self._size)
-            file.seek(self._size)
-            file.write(self._lines([self._last]))
-        self._end = self.path.stat().st_size
+            self._size = self.path.stat().st_size
+        try:
+            with self.path.open("r+b") as file:
+                file.seek(self._size)
+                file.truncate()
+                file.write(_lines(self._columns, [self._last]))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self._size)  # the half of a row
+            raise
 
     def _kept_rows(self) -> list[dict[str, str]]:
         """The rows of an interrupted run up to where it is resumed; a half-written one is none of them."""
@@ -112,25 +105,18 @@ class MetricsFile(Logger):
         return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        """Replace the file by one with the columns of these rows, at once."""
-        before = self._columns
-        self._columns = list(dict.fromkeys(["step", "images_seen", *(column for row in rows for column in row)]))
-        header = io.StringIO(newline="")
-        csv.DictWriter(header, self._columns).writeheader()
-        head = (header.getvalue() + self._lines(rows[:-1])).encode()
-        last = self._lines(rows[-1:]).encode()
-        try:
-            with atomic_write(self.path) as file:
-                file.write(head + last)
-        except OSError:
-            self._columns = before  # those of the file that is still there
-            raise
-        self._size, self._end = len(head), len(head) + len(last)
+        """Atomically replace the file by one with the columns of these rows."""
+        columns = list(dict.fromkeys(["step", "images_seen", *(column for row in rows for column in row)]))
+        head = _lines(columns, [{column: column for column in columns}, *rows[:-1]])
+        with atomic_write(self.path) as file:
+            file.write(head + _lines(columns, rows[-1:]))
+        self._columns, self._size = columns, len(head)
 
-    def _lines(self, rows: list[dict[str, Any]]) -> str:
-        lines = io.StringIO(newline="")
-        csv.DictWriter(lines, self._columns, lineterminator="\n").writerows(rows)
-        return lines.getvalue()
+
+def _lines(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
+    lines = io.StringIO(newline="")
+    csv.DictWriter(lines, columns, lineterminator="\n").writerows(rows)
+    return lines.getvalue().encode()
 
 
 class WandbLogger(RelocatableWandbLogger):
@@ -158,16 +144,10 @@ class WandbLogger(RelocatableWandbLogger):
         try:
             import wandb  # noqa: F401
         except ImportError as error:
-            raise UserError(
-                f"wandb cannot be imported ({error}): pip install wandb, or leave this logger out"
-            ) from error
+            raise UserError(f"wandb cannot be imported ({error}): install it, or leave this logger out") from error
         super().__init__(project=project, offline=offline, entity=entity, group=group, tags=tags)
         self.project, self.entity, self.group, self.tags, self.offline = project, entity, group, tags, offline
         self._failed = False
-
-    def attach(self, folder: str | os.PathLike[str]) -> None:
-        """Record in this folder, as the W&B run whose id is kept there."""
-        self.relocate(Path(folder))
 
     @property
     @rank_zero_experiment
@@ -192,12 +172,12 @@ class WandbLogger(RelocatableWandbLogger):
             try:
                 return wandb.init(**arguments)
             except Exception as error:  # whatever it is, training goes on
-                reason = _first_line(error)
+                reason = first_line(error)
                 wandb.teardown()  # else the id stays in use
         try:
             run = wandb.init(**arguments, mode="offline", settings=wandb.Settings(silent=True))
         except Exception as error:
-            log.warning("W&B: not recording this run (%s)", _first_line(error))
+            log.warning("W&B: not recording this run (%s)", first_line(error))
             return wandb.init(mode="disabled")
         # All of them: a resumed run writes another file, and they are uploaded together, in order.
         log.warning("W&B: recording offline (%s); to upload: wandb sync %s/wandb/offline-run-*", reason, folder)
@@ -222,7 +202,7 @@ class WandbLogger(RelocatableWandbLogger):
         self._guard(lambda: super(WandbLogger, self).log_hyperparams(params))
 
     @rank_zero_only
-    def log_picture(self, name: str, picture: "Image", images_seen: int, step: int) -> None:
+    def log_picture(self, name: str, picture: Image, images_seen: int, step: int) -> None:
         """Log one picture at this place of the x-axis."""
 
         def send() -> None:
@@ -241,7 +221,6 @@ class WandbLogger(RelocatableWandbLogger):
     def finalize(self, status: str) -> None:
         """Upload what is left, and end the W&B run; without it, where its server does not answer."""
         seconds = PATIENCE["success" if status == "success" else "failed"]
-
         if (run := self.started_run) is not None:
             upload = f"wandb sync {self.save_dir or '.'}/wandb/run-* uploads what it has not got"
             self._guard(lambda: _within(seconds, lambda: run.finish(exit_code=int(status != "success")), upload))
@@ -253,13 +232,9 @@ class WandbLogger(RelocatableWandbLogger):
                 action()
             except Exception as error:  # W&B's service can die at any time, and training must not die with it
                 self._failed = True
-                log.warning("W&B: no longer recording this run (%s); metrics.csv goes on", _first_line(error))
+                log.warning("W&B: no longer recording this run (%s); metrics.csv goes on", first_line(error))
                 with contextlib.suppress(Exception, SystemExit):
                     sys.modules["wandb"].teardown()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _within(seconds: float, action: Callable[[], None], otherwise: str) -> None:

@@ -1,13 +1,12 @@
 """The LightningModules: a ``GenerativeModel``, its optimizer, and one training step. The formulas are in ``flows``."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -28,12 +27,7 @@ from fmlit.storage.descriptions import describe
 from fmlit.training.draws import GlobalBatch, TrainingDraws
 from fmlit.training.lightning_internals import attached_trainer, is_accumulating
 from fmlit.training.networks import NetworkFactory, build_network
-from fmlit.training.optimizers import (
-    AdamW,
-    OptimizerConfig,
-    match_state_strides,
-    replace_saved_settings,
-)
+from fmlit.training.optimizers import AdamW, OptimizerConfig, match_state_strides, replace_saved_settings
 from fmlit.training.run_context import RunContext
 from fmlit.training.schedules import LearningRateSchedule
 
@@ -91,8 +85,9 @@ class GenerativeModule(pl.LightningModule, ABC):
     @property
     def run(self) -> RunContext:
         """What this module and the callbacks of its run share: one for each Trainer that it is attached to."""
-        if self._run is None or self._run.trainer is not attached_trainer(self):
-            self._run = RunContext(self)
+        trainer = attached_trainer(self)
+        if self._run is None or self._run.trainer is not trainer:
+            self._run = RunContext(self, trainer)
         return self._run
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,10 +106,9 @@ class GenerativeModule(pl.LightningModule, ABC):
         self._ending = False
         self.zero_grad()  # an earlier fit may have been interrupted between accumulated batches
         if self.execution.compile in CUDA_GRAPHS and self.trainer.accumulate_grad_batches > 1:
-            raise UserError(  # the next graph would write over gradients that are still being summed
-                f"model.execution.compile: {self.execution.compile} and trainer.accumulate_grad_batches do not go "
-                f"together; choose max-autotune-no-cudagraphs or default"
-            )
+            # The next graph would write over gradients that are still being summed.
+            conflict = f"{self.execution.compile} and trainer.accumulate_grad_batches do not go together"
+            raise UserError(f"model.execution.compile: {conflict}; choose max-autotune-no-cudagraphs or default")
         self.execution.compile_net(self.model.net)
 
     def on_train_start(self) -> None:
@@ -160,8 +154,7 @@ class GenerativeModule(pl.LightningModule, ABC):
 
     def _global_batch(self, share: int) -> GlobalBatch:
         """The next batch over all ranks, each with ``share`` rows."""
-        ranks = self.global_rank, self.trainer.world_size
-        return GlobalBatch(self.seed, self.images_seen, share, *ranks, self.device)
+        return GlobalBatch(self.seed, self.images_seen, share, self.global_rank, self.trainer.world_size, self.device)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         others = [] if self.loss_weight is None else [p for p in self.loss_weight.parameters() if p.requires_grad]
@@ -171,13 +164,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         scheduler = LambdaLR(optimizer, lambda _: self.schedule.factor(self.images_seen))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def optimizer_step(
-        self,
-        epoch: int,
-        batch_idx: int,
-        optimizer: Optimizer | LightningOptimizer,
-        optimizer_closure: Callable[[], Any] | None = None,
-    ) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         # Not, as Lightning does, before the next backward pass: the forward pass before it can have their memory.
         optimizer.zero_grad()
@@ -192,10 +179,7 @@ class GenerativeModule(pl.LightningModule, ABC):
         return getattr(plugin, "scaler", None) is not None
 
     def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip, and keep a gradient that is not finite away from the weights, on every rank.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -72,29 +72,24 @@ class MuonAdamW(Optimizer):
     ) -> None:
         matrices = hidden_matrices(net)
         if not matrices:
-            raise UserError(
-                f"{type(net).__name__} has no hidden matrix for Muon, that is no Linear or Conv layer with at least "
-                f"{MIN_CHANNELS} channels on both sides: use AdamW, or a wider network"
-            )
+            lack = f"no hidden matrix for Muon, no layer with at least {MIN_CHANNELS} channels on both sides"
+            raise UserError(f"{type(net).__name__} has {lack}: use AdamW, or a wider network")
         taken = set(matrices)
         rest = [parameter for parameter in net.parameters() if parameter not in taken]
         # A list of groups, since a plain list of parameters may not be empty.
-        self._adamw = AdamW([{"params": [*rest, *others]}], lr, betas, weight_decay=weight_decay, fused=fused)
+        self._adamw: Any = AdamW([{"params": [*rest, *others]}], lr, betas, weight_decay=weight_decay, fused=fused)
         settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
         muon = {"params": matrices, **settings, "ns_steps": ns_steps, "muon": True}
         super().__init__([*self._adamw.param_groups, muon], {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One step of both parts; returns what ``closure`` returns, which is called first, with gradients."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         others, muon = self.param_groups
         self._adamw.param_groups, self._adamw.state = [others], self.state  # load_state_dict has new ones made
-        found_inf = getattr(self, "found_inf", None)  # not before the closure, which may set it
-        self._adamw.found_inf = found_inf  # type: ignore[attr-defined]
+        self._adamw.found_inf = found_inf = getattr(self, "found_inf", None)  # after the closure, which may set it
         self._adamw.step()
         skip = None if found_inf is None else found_inf.bool()
         for parameters in _by_matrix_shape(muon["params"]):

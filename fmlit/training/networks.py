@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from fmlit.core.errors import UserError
-from fmlit.core.internals import is_compile_wrapper
+from fmlit.core.internals import is_compiled
 
 NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
 AS_IN = "as in shape=(3, 32, 32)"
@@ -29,10 +29,8 @@ def build_network(
     Raises:
         UserError: they do not fit together; the message says what to write instead.
     """
-    network: nn.Module
     if isinstance(net, nn.Module):
-        network = net
-        shape, classes = _read_off(net, shape, num_classes, conditional)
+        network, (shape, classes) = net, _read_off(net, shape, num_classes, conditional)
     else:
         if shape is None:
             raise UserError(f"shape: give the shape of one data point, {AS_IN}, or a network that is built already")
@@ -40,11 +38,9 @@ def build_network(
             raise UserError("conditional: true needs data with classes, and this data has none")
         classes = num_classes if conditional else None
         network = net(tuple(shape), classes)
-    if is_compile_wrapper(network):  # its weights would be saved under other names
-        raise UserError(
-            "net: hand over the network itself, not what torch.compile returns, and add "
-            "execution=fmlit.Execution(compile='default')"
-        )
+    if is_compiled(network):
+        wanted = "hand over the network itself, not what torch.compile returns"
+        raise UserError(f"net: {wanted}, and add execution=fmlit.Execution(compile='default')")
     return network, tuple(shape), classes
 
 

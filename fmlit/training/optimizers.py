@@ -2,7 +2,7 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,10 +76,8 @@ class AdamW(OptimizerConfig):
             raise UserError(f"weight_decay must not be negative, got {self.weight_decay}")
 
     def build(self, net: nn.Module, others: Iterable[nn.Parameter] = (), fused: bool = False) -> Optimizer:
-        parameters = [*net.parameters(), *others]
-        return torch.optim.AdamW(
-            parameters, self.learning_rate, self.betas, weight_decay=self.weight_decay, fused=fused
-        )
+        weights = [*net.parameters(), *others]
+        return torch.optim.AdamW(weights, self.learning_rate, self.betas, weight_decay=self.weight_decay, fused=fused)
 
 
 @dataclass(frozen=True)
@@ -149,8 +147,8 @@ class TorchOptimizer(OptimizerConfig):
 
     def build(self, net: nn.Module, others: Iterable[nn.Parameter] = (), fused: bool = False) -> Optimizer:
         try:
-            cls = getattr(torch.optim, self.name)
-            return cls([*net.parameters(), *others], lr=self.learning_rate, **self.settings)  # type: ignore[no-any-return]
+            cls: Callable[..., Optimizer] = getattr(torch.optim, self.name)
+            return cls([*net.parameters(), *others], lr=self.learning_rate, **self.settings)
         except (TypeError, ValueError) as error:
             raise UserError(f"model.optimizer: torch.optim.{self.name}: {error}") from error
 

@@ -9,16 +9,19 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import TCPStore
 
-from fmlit.core.errors import MISTAKES, UserError
+from fmlit.core.errors import MISTAKES, UserError, first_line
 
 _calls = itertools.count()
 _hosted: list[TCPStore] = []  # rank 0's stores: the process group goes on with the server, so it must stay alive
 
 
-def agree(decide: Callable[[], str], timeout_s: float = 300.0) -> str:
-    """What ``decide`` returns on rank 0, on every process; there is no process group yet, so it comes by other ways.
+def agree(decide: Callable[[], Any], timeout_s: float = 300.0) -> Any:
+    """Return what ``decide`` returns on rank 0, on every process. It must be plain data, as JSON holds it.
+
+    There need not be a process group yet.
 
     Processes of torchrun and srun meet in a store at MASTER_ADDR:MASTER_PORT. Lightning's own launcher starts its
     children from rank 0 after this call: they inherit an environment variable. All call this in the same order.
@@ -37,13 +40,11 @@ def agree(decide: Callable[[], str], timeout_s: float = 300.0) -> str:
         return _announce(store, key, decide, meeting.world_size, timeout_s)
     variable = f"FMLIT_AGREED_{call}"
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        os.environ[variable] = decide()
+        os.environ[variable] = json.dumps(decide())
     elif variable not in os.environ:
-        raise UserError(
-            f"LOCAL_RANK is {os.environ['LOCAL_RANK']}, but no process has decided for this one: start the script "
-            f"once and let it launch the others, or use torchrun or srun"
-        )
-    return os.environ[variable]
+        started = f"LOCAL_RANK is {os.environ['LOCAL_RANK']}, but no process has decided for this one"
+        raise UserError(f"{started}: start the script once and let it launch the others, or use torchrun or srun")
+    return json.loads(os.environ[variable])
 
 
 class Meeting(NamedTuple):
@@ -61,15 +62,12 @@ def find_meeting(alone: bool = False) -> Meeting | None:
     if env.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}:
         served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         meeting = Meeting(int(env["RANK"]), int(env["WORLD_SIZE"]), env["MASTER_ADDR"], int(env["MASTER_PORT"]), served)
-    elif "SLURM_NTASKS" in env:
-        from lightning.fabric.plugins.environments import SLURMEnvironment
-
-        if SLURMEnvironment.detect():  # false in an interactive shell on a node
-            try:
-                slurm = SLURMEnvironment(auto_requeue=False)
-            except RuntimeError as error:
-                raise UserError(str(error)) from error
-            meeting = Meeting(slurm.global_rank(), slurm.world_size(), slurm.main_address, slurm.main_port, False)
+    elif "SLURM_NTASKS" in env and SLURMEnvironment.detect():  # false in an interactive shell on a node
+        try:
+            slurm = SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:
+            raise UserError(str(error)) from error
+        meeting = Meeting(slurm.global_rank(), slurm.world_size(), slurm.main_address, slurm.main_port, False)
     if meeting is None and int(env.get("NODE_RANK", 0)) > 0 and "LOCAL_RANK" not in env:
         raise UserError(f"NODE_RANK is {env['NODE_RANK']}: to train on several nodes, launch with torchrun or srun")
     return meeting if meeting is not None and (alone or meeting.world_size > 1) else None
@@ -78,23 +76,19 @@ def find_meeting(alone: bool = False) -> Meeting | None:
 def connect(meeting: Meeting, timeout_s: float) -> TCPStore:
     rank, _, address, port, served = meeting
     hosting = rank == 0 and not served
-    timeout = timedelta(seconds=timeout_s)
+    settings = {"is_master": hosting, "multi_tenant": hosting, "wait_for_workers": False}
     try:
-        store = TCPStore(
-            address, port, is_master=hosting, timeout=timeout, wait_for_workers=False, multi_tenant=hosting
-        )
+        store = TCPStore(address, port, timeout=timedelta(seconds=timeout_s), **settings)
     except RuntimeError as error:
         problem = "cannot listen" if hosting else f"did not find rank 0 within {timeout_s:g} s"
-        raise UserError(
-            f"rank {rank} {problem} at {address}:{port} ({_first_line(error)}); look at what rank 0 says, or set "
-            f"MASTER_PORT to a free port"
-        ) from error
+        problem = f"rank {rank} {problem} at {address}:{port} ({first_line(error)})"
+        raise UserError(f"{problem}; look at what rank 0 says, or set MASTER_PORT to a free port") from error
     if hosting:
         _hosted.append(store)
     return store
 
 
-def _listen(store: TCPStore, key: str, rank: int, timeout_s: float) -> str:
+def _listen(store: TCPStore, key: str, rank: int, timeout_s: float) -> Any:
     mine, until = uuid.uuid4().hex, time.monotonic() + timeout_s
     try:
         while True:
@@ -110,15 +104,13 @@ def _listen(store: TCPStore, key: str, rank: int, timeout_s: float) -> str:
             store.set(f"{said}/{mine}/heard", "")
             break
     except RuntimeError as error:
-        raise UserError(
-            f"rank {rank} heard nothing from rank 0 ({_first_line(error)}); look at what that says"
-        ) from error
+        raise UserError(f"rank {rank} heard nothing from rank 0 ({first_line(error)}); look at its output") from error
     if "error" in answer:
         raise (UserError if answer["mistake"] else RuntimeError)(f"rank 0: {answer['error']}")
     return answer["value"]
 
 
-def _announce(store: TCPStore, key: str, decide: Callable[[], str], world_size: int, timeout_s: float) -> str:
+def _announce(store: TCPStore, key: str, decide: Callable[[], Any], world_size: int, timeout_s: float) -> Any:
     """Say it to every rank of this round, and to none of an earlier one.
 
     torchrun's store outlives restarts and changes of membership, and so does what was said in it. So both sides have
@@ -128,7 +120,7 @@ def _announce(store: TCPStore, key: str, decide: Callable[[], str], world_size: 
     try:
         answer: dict[str, Any] = {"value": decide()}
     except Exception as error:
-        failure, answer = error, {"error": _first_line(error), "mistake": isinstance(error, MISTAKES)}
+        failure, answer = error, {"error": first_line(error), "mistake": isinstance(error, MISTAKES)}
     leader = uuid.uuid4().hex
     said = f"{key}/{leader}"
     store.set(said, json.dumps(answer))
@@ -145,11 +137,6 @@ def _announce(store: TCPStore, key: str, decide: Callable[[], str], world_size: 
     if failure is not None:
         raise failure
     if missing:
-        raise UserError(
-            f"ranks {sorted(missing)} of {world_size} did not come; was the script started by torchrun or srun?"
-        )
+        came = f"ranks {sorted(missing)} of {world_size} did not come"
+        raise UserError(f"{came}; was the script started by torchrun or srun?")
     return answer["value"]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

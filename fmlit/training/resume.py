@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fmlit.core.errors import UserError
-from fmlit.storage.checkpoints import load as load_checkpoint
-from fmlit.storage.checkpoints import newest_valid
+from fmlit.storage.checkpoints import load as load_checkpoint, newest_valid
 from fmlit.storage.descriptions import describe
 from fmlit.storage.loading import find_model, load
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.modules import GenerativeModule
 
 MOST_DIFFERENCES = 3
+COUPLED = "model.coupled"  # how noise and data are coupled may change in the course of a run
 
 
 class Start(NamedTuple):
@@ -43,16 +43,12 @@ def find_start(folder: RunFolder, module: GenerativeModule, required: bool) -> S
         return Start()
     path = newest_valid(folder.checkpoints)
     checkpoint = load_checkpoint(path)
-    differences = list(
-        _differences(_lasting(checkpoint.get("model_description")), _lasting(describe(module.model)), "model")
-    )
+    differences = list(_differences(checkpoint.get("model_description"), describe(module.model), "model"))
     differences = differences or list(_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())))
     differences = differences or list(_differences(checkpoint["optimizer"], module.optimizer.kind, "model.optimizer"))
     if differences:
-        raise UserError(
-            f"{_listed(differences)}: {path} holds another model; resume with the configuration in "
-            f"{folder.config}, or start a new run without --resume"
-        )
+        remedy = f"resume with the configuration in {folder.config}, or start a new run without --resume"
+        raise UserError(f"{_listed(differences)}: {path} holds another model; {remedy}")
     return Start(str(path), int(checkpoint["global_step"]), int(checkpoint["images_seen"]))
 
 
@@ -74,25 +70,14 @@ def take_weights(path: str, module: GenerativeModule) -> None:
     trust = [parts[name]["class_path"].rpartition(".")[0] for name in ("net", "path", "prediction")]
     try:
         found = find_model(path, "start_from")
-        model = load(found, trust=trust)
+        weights = load(found, trust=trust).net.state_dict()
     except (OSError, ValueError) as error:
         raise UserError(f"start_from: {error}") from error
-    weights = model.net.state_dict()
-    differences = list(_differences(_shapes(weights), _shapes(module.model.net.state_dict())))
-    if differences:
-        raise UserError(
-            f"start_from: {_listed(differences)}: {found} holds another network; give model.net the arguments that it "
-            f"was trained with, on data with as many classes, or start without it"
-        )
+    if differences := list(_differences(_shapes(weights), _shapes(module.model.net.state_dict()))):
+        problem = f"{_listed(differences)}: {found} holds another network"
+        remedy = "give model.net the arguments that it was trained with, on data with as many classes"
+        raise UserError(f"start_from: {problem}; {remedy}, or start without it")
     module.model.net.load_state_dict(weights)
-
-
-def _lasting(description: Any) -> Any:
-    """A model's description without what may change in the course of a run: how noise and data are coupled."""
-    if not isinstance(description, Mapping):
-        return description
-    parts = {name: part for name, part in description.get("init_args", {}).items() if name != "coupled"}
-    return {**description, "init_args": parts}
 
 
 def _listed(differences: list[str]) -> str:
@@ -107,7 +92,7 @@ def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
         for name in {**here, **there}:
             inner = key if name == "init_args" else f"{key}.{name}".strip(".")
             yield from _differences(there.get(name, "nothing"), here.get(name, "nothing"), inner)
-    elif _plain(there) != _plain(here):
+    elif _plain(there) != _plain(here) and key != COUPLED:
         yield f"{key} ({_plain(there)} there, {_plain(here)} here)"
 
 
@@ -119,7 +104,8 @@ def _completed(there: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str
     if not {"class_path", "init_args"} <= here.keys():
         return there
     given = there.get("init_args", {})
-    parameters = inspect.signature(pydoc.locate(here["class_path"])).parameters  # type: ignore[arg-type]  # it exists
+    cls: Any = pydoc.locate(here["class_path"])  # it exists
+    parameters = inspect.signature(cls).parameters
     new = [name for name in here["init_args"] if name not in given and name in parameters]
     defaults = {name: parameters[name].default for name in new}
     filled = {name: here["init_args"][name] if value is None else value for name, value in defaults.items()}

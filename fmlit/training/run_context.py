@@ -1,18 +1,31 @@
 """What the module and the callbacks of a run share. Each finds it as ``module.run``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, Protocol
+
+import lightning.pytorch as pl
+from torch import Tensor
 
 from fmlit.data.data_module import DataModule
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.gradients import GradientGuard
-from fmlit.training.lightning_internals import attached_trainer
 
-if TYPE_CHECKING:
-    from fmlit.training.averages import EMA
-    from fmlit.training.callbacks.checkpoint import Checkpoint
-    from fmlit.training.modules import GenerativeModule
+
+class Averages(Protocol):
+    """What others use of the EMA callback."""
+
+    def update(self, module: Any, step: int) -> None: ...
+    def model(self, module: Any, name: str | None = None) -> GenerativeModel: ...
+    def averaged_weights(self) -> dict[str, dict[str, Tensor]]: ...
+
+
+class Checkpoints(Protocol):
+    """What others use of the Checkpoint callback."""
+
+    on_error: Literal["abort", "continue"]
+
+    def save_now(self, trainer: pl.Trainer, module: Any) -> Path | None: ...
 
 
 class RunContext:
@@ -23,18 +36,19 @@ class RunContext:
 
     Attributes:
         guard: watches losses and gradients for values that are not finite.
+        module: the module, a ``GenerativeModule``.
+        trainer: its Trainer; None for a module on its own.
         averages: the EMA callback, if there is one.
         checkpoints: the Checkpoint callback, if there is one.
         latest: the newest values of the training log.
         pause_seconds: the time that callbacks have taken so far, to sample, score and save.
     """
 
-    def __init__(self, module: "GenerativeModule") -> None:
-        self.module = module
-        self.trainer: Any = attached_trainer(module)  # None for a module on its own
+    def __init__(self, module: Any, trainer: Any) -> None:
+        self.module, self.trainer = module, trainer
         self.guard = GradientGuard()
-        self.averages: EMA | None = None
-        self.checkpoints: Checkpoint | None = None
+        self.averages: Averages | None = None
+        self.checkpoints: Checkpoints | None = None
         self.latest: dict[str, float] = {}
         self.pause_seconds = 0.0
 

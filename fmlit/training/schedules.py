@@ -30,18 +30,15 @@ class LearningRateSchedule:
 
     def __post_init__(self) -> None:
         if self.images < 1 or self.warmup_images < 0 or self.stable_images < 0:
-            raise UserError(
-                f"model.schedule: images must be positive, warmup_images and stable_images not negative, got "
-                f"{self.images}, {self.warmup_images} and {self.stable_images}"
-            )
+            got = f"{self.images}, {self.warmup_images} and {self.stable_images}"
+            rule = "images must be positive, warmup_images and stable_images not negative"
+            raise UserError(f"model.schedule: {rule}, got {got}")
         if self.decay not in get_args(Decay):
-            choices = ", ".join(get_args(Decay))
-            raise UserError(f"model.schedule: unknown decay {self.decay!r}: choose from {choices}")
+            raise UserError(f"model.schedule: unknown decay {self.decay!r}: choose from {', '.join(get_args(Decay))}")
         if self.decay != "constant" and self.stable_images and self.warmup_images + self.stable_images >= self.images:
-            raise UserError(
-                f"model.schedule: stable_images {self.stable_images:,} leaves nothing of the {self.images:,} images "
-                f"for the decay, after {self.warmup_images:,} for warm-up: scale it with the run length"
-            )
+            stable = f"model.schedule: stable_images {self.stable_images:,}"
+            left = f"nothing of the {self.images:,} images for the decay, after {self.warmup_images:,} for warm-up"
+            raise UserError(f"{stable} leaves {left}: scale it with the run length")
 
     def factor(self, images_seen: int) -> float:
         """The factor on the learning rate after ``images_seen`` images, in [0, 1]."""

@@ -13,7 +13,7 @@ from fmlit.data.data_module import DataModule
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, Preemption, QualityCurve, SampleGrid
-from fmlit.training.callbacks.intervals import EveryImages
+from fmlit.training.hooks import EveryImages
 from fmlit.training.modules import GenerativeModule
 from fmlit.training.resume import Start
 

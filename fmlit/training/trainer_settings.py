@@ -23,15 +23,14 @@ def match_launcher(given: Mapping[str, Any]) -> dict[str, int]:
     Lightning takes all GPUs of one node, or one CPU, and stops where that is something else. Under an elastic torchrun
     the numbers change from one attempt to the next.
     """
-    environment = os.environ
     if given["devices"] != "auto" or given["num_nodes"] != 1:
         return {}
-    if environment.keys() >= {"WORLD_SIZE", "LOCAL_WORLD_SIZE"}:
-        local = int(environment["LOCAL_WORLD_SIZE"])
-        return {"devices": local, "num_nodes": int(environment["WORLD_SIZE"]) // local}
-    if SLURMEnvironment.detect() and int(environment["SLURM_NTASKS"]) > 1:
-        nodes = int(environment.get("SLURM_NNODES", 1))
-        return {"devices": int(environment["SLURM_NTASKS"]) // nodes, "num_nodes": nodes}
+    if os.environ.keys() >= {"WORLD_SIZE", "LOCAL_WORLD_SIZE"}:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
+    if SLURMEnvironment.detect() and (tasks := int(os.environ["SLURM_NTASKS"])) > 1:
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return {"devices": tasks // nodes, "num_nodes": nodes}
     return {}
 
 
@@ -40,17 +39,15 @@ def check_launch(world_size: int) -> None:
 
     Lightning would let each train alone, all in the same folder.
     """
-    environment = os.environ
     started = 1
-    if environment.keys() >= {"RANK", "WORLD_SIZE"}:
-        started = int(environment["WORLD_SIZE"])
+    if os.environ.keys() >= {"RANK", "WORLD_SIZE"}:
+        started = int(os.environ["WORLD_SIZE"])
     elif SLURMEnvironment.detect():
-        started = int(environment["SLURM_NTASKS"])
-    if started > 1 and started != world_size:
-        raise UserError(
-            f"trainer.devices: {started} processes were started, but {world_size} would train together; set it to the "
-            f"processes of a node, trainer.num_nodes to the number of nodes, and trainer.strategy to ddp"
-        )
+        started = int(os.environ["SLURM_NTASKS"])
+    if started not in (1, world_size):
+        problem = f"{started} processes were started, but {world_size} would train together"
+        remedy = "set it to the processes of a node, trainer.num_nodes to the number of nodes, trainer.strategy to ddp"
+        raise UserError(f"trainer.devices: {problem}; {remedy}")
 
 
 def cluster_plugins(given: Sequence[Any]) -> list[ClusterEnvironment]:

@@ -126,11 +126,7 @@ def test_fresh_batches_leave_out_what_workers_fetch_ahead():
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        (
-            "FlowMatchingModule",
-            "ScoreMatchingModule",
-            "by flow matching, and the recipe by ScoreMatching",
-        ),
+        ("FlowMatchingModule", "ScoreMatchingModule", "by flow matching, and the recipe by ScoreMatching"),
         ("    conditional: true", "    path: CosinePath", "of a CondOTPath, not of a CosinePath"),
         ("    conditional: true", "    prediction: Noise", "of a Velocity, not of a Noise"),
         ("trainer: {", "trainer: {precision: 64-true, ", "compares 32-true and bf16-mixed, not 64-true"),

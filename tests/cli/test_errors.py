@@ -71,10 +71,7 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("--model.net.widht=3", "model.net.widht: no such option; did you mean model.net.width?"),
         ("--model.init_args.net.init_args.widht=3", "model.net.widht: no such option; did you mean model.net.width?"),
-        (
-            "--model.path.power=3",
-            "model.path.power: no such option; --model.path.help fmlit.CondOTPath lists them",
-        ),
+        ("--model.path.power=3", "model.path.power: no such option; --model.path.help fmlit.CondOTPath lists them"),
         ("--ema.rampe=3", "ema.rampe: no such option; did you mean ema.ramp?"),
         ("--data.batchsize=3", "data.batchsize: no such option; did you mean data.batch_size?"),
         ("--trainer.devicess=3", "trainer.devicess: no such option; did you mean trainer.devices?"),

@@ -97,12 +97,7 @@ def test_an_error_of_a_constructor_keeps_its_traceback(tmp_path: Path, place: st
 
 @pytest.mark.parametrize(
     ("place", "key"),
-    [
-        ("net", "model.net"),
-        ("path", "model.path"),
-        ("callbacks", "trainer.callbacks"),
-        ("logger", "trainer.logger"),
-    ],
+    [("net", "model.net"), ("path", "model.path"), ("callbacks", "trainer.callbacks"), ("logger", "trainer.logger")],
 )
 def test_a_user_error_of_a_constructor_gets_its_key(tmp_path: Path, place: str, key: str) -> None:
     assert train(tmp_path, *options(place, "fmlit.UserError")).error == f"{key}: mine"

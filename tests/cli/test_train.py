@@ -134,10 +134,7 @@ def test_another_class_keeps_what_was_asked_for(tmp_path: Path) -> None:
     assert (sampler["guidance"], sampler["steps"], sampler["method"]) == (3.0, 40, "euler_maruyama")
     model = printed_config(tmp_path, "--model=ScoreMatchingModule")["model"]["init_args"]
     assert model["net"]["init_args"]["width"] == 8
-    assert (model["path"]["class_path"], model["prediction"]["class_path"]) == (
-        "fmlit.VPPath",
-        "fmlit.Noise",
-    )
+    assert (model["path"]["class_path"], model["prediction"]["class_path"]) == ("fmlit.VPPath", "fmlit.Noise")
 
 
 def test_a_sampler_in_a_recipe_and_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -168,7 +165,7 @@ def test_a_run_leaves_its_folder_and_one_line_of_json(tmp_path: Path) -> None:
     assert outcome.out.splitlines()[0].startswith(f"{tmp_path / 'runs' / 'tiny'}: FlowMatchingModule, CondOTPath, MLP")
     run = tmp_path / "runs" / "tiny"
     assert sorted(path.name for path in run.iterdir()) == [
-        *("checkpoints", "config.yaml", "metrics.csv", "run.json", "samples"),
+        *("checkpoints", "config.yaml", "metrics.csv", "run.json", "samples")
     ]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["000000160.png", "000000320.png"]
     assert (run / "checkpoints" / "last.ckpt").resolve() == (run / "checkpoints" / "000000320.ckpt").resolve()

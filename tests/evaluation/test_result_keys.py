@@ -57,10 +57,7 @@ def pictures(*metrics: str, **settings) -> Measurement:
         (lambda: samples(ChurnSampler()), "76b97d2d6a00aa5a"),
         (lambda: SampleMeasurement(guided(), ODESampler("heun", 6, guidance=2.0), Path("out")), "bd94783a43403671"),
         (lambda: LikelihoodMeasurement(guided()), "4f5b80312c44d596"),
-        (
-            lambda: LikelihoodMeasurement(ScoredModel(constant(0.25), "ema", scorer("bpd"), 5, 0)),
-            "127f4b3f8b986ae0",
-        ),
+        (lambda: LikelihoodMeasurement(ScoredModel(constant(0.25), "ema", scorer("bpd"), 5, 0)), "127f4b3f8b986ae0"),
         (lambda: pictures("fid", "kid"), "8b12a03119427a0d"),
         (
             lambda: pictures("fid", "kid", "precision", "recall", splits=BOTH, flip=True, batch_size=40),

@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath, VPPath, check_time
 

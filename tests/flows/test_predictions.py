@@ -1,7 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath, VPPath

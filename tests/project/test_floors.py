@@ -16,11 +16,7 @@ ORDER = "core < flows, data, metrics < solvers < models < sampling, storage < tr
 FLOORS = {folder: floor for floor, folders in enumerate(ORDER.split(" < ")) for folder in folders.split(", ")}
 
 # The mathematics is usable without a training framework: torch, and one library each where stated.
-ALLOWED = {
-    "core": {"torch", "numpy", "rich"},
-    "flows": {"torch", "scipy"},
-    "solvers": {"torch", "torchdiffeq"},
-}
+ALLOWED = {"core": {"torch", "numpy", "rich"}, "flows": {"torch", "scipy"}, "solvers": {"torch", "torchdiffeq"}}
 
 
 def modules() -> dict[str, Path]:

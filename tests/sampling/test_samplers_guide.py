@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmlit.cli import evaluate as evaluation
-from fmlit.cli import sample as sampling
+from fmlit.cli import evaluate as evaluation, sample as sampling
 from fmlit.cli.options import Integers, Names, Numbers, run
 from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.randomness import image_noise, image_seeds

@@ -64,10 +64,7 @@ def test_churn_has_the_defaults_of_its_solver():
     ("make", "message"),
     [
         (lambda: ODESampler("heun", options={"order": 3}), "heun has no option 'order': it takes no options"),
-        (
-            lambda: ODESampler("unipc", options={"corrected": True}),
-            "unipc has no option 'corrected': choose from",
-        ),
+        (lambda: ODESampler("unipc", options={"corrected": True}), "unipc has no option 'corrected': choose from"),
         (lambda: ODESampler("unipc", options={"order": 4}), "unipc order must be 1, 2 or 3, got 4"),
         (lambda: build_sampler("euler_maruyama", options={"s_churn": 1.0}), "euler_maruyama has no option 's_churn'"),
         (lambda: build_sampler("churn", options={"order": 1}), "churn has no option 'order': choose from s_churn"),

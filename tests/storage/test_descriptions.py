@@ -49,10 +49,7 @@ def test_description_of_a_model_is_what_the_docs_say():
     assert describe(model()) == {
         "class_path": "fmlit.GenerativeModel",
         "init_args": {
-            "net": {
-                "class_path": "fmlit.MLP",
-                "init_args": {"shape": (2,), "num_classes": 3, "width": 8, "depth": 1},
-            },
+            "net": {"class_path": "fmlit.MLP", "init_args": {"shape": (2,), "num_classes": 3, "width": 8, "depth": 1}},
             "path": {"class_path": "fmlit.VPPath", "init_args": {"rate_min": 0.1, "rate_max": 15.0}},
             "prediction": {"class_path": "fmlit.Noise", "init_args": {}},
             "shape": (2,),

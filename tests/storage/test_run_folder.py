@@ -331,7 +331,7 @@ def test_slurm_tasks_agree_and_the_process_group_still_starts(tmp_path, out):
     port = find_free_network_port()
 
     def task():
-        folder = begin(tmp_path, "a").folder.path.name
+        folder = begin(tmp_path, "a")[0].path.name
         again = agree(lambda: str(os.getpid()))
         rank = int(os.environ["SLURM_PROCID"])
         dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=30))

@@ -199,7 +199,7 @@ def test_bug_3_samples_and_checkpoints_do_not_lag_behind_in_any_order(tmp_path):
 def test_an_average_of_another_run_is_not_sampled_from(tmp_path):
     module, ema = digits_module(), EMA([100])
     fit(module, tmp_path, 2, ema)
-    assert module.run.sampled_model().net is ema.copies["ema_100"].module
+    assert module.run.sampled_model().net is ema.copies["ema_100"]
     fit(module, tmp_path, 2)
     assert module.run.averages is None
     assert module.run.sampled_model() is module.model

@@ -10,7 +10,7 @@ import torch
 from fmlit.storage.checkpoints import find_damage, load
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, ProgressBar, SampleGrid, TrainingLog
-from fmlit.training.callbacks.intervals import EveryImages
+from fmlit.training.hooks import EveryImages
 from tests.helpers.small_runs import Memory, digits_module, fit, names, same, weights
 
 
@@ -185,8 +185,8 @@ def test_images_seen_is_exact_beyond_the_integers_of_float32(tmp_path):
 
 def test_the_pace_leaves_out_what_sampling_took(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
-    for module in ("intervals", "training_log"):
-        monkeypatch.setattr(f"fmlit.training.callbacks.{module}.time", clock)
+    for module in ("hooks", "callbacks.training_log"):
+        monkeypatch.setattr(f"fmlit.training.{module}.time", clock)
 
     class Tick(pl.Callback):
         def on_train_batch_start(self, *_):

@@ -45,7 +45,7 @@ def test_grids_are_of_the_same_noise_from_the_average_with_a_class_per_row(tmp_p
     assert logger.pictures == [("samples", 2), ("samples", 4)]
     for first in (0, 4):  # a picture is drawn in four batches, the last one padded
         models, seeds, labels = zip(*sampler.calls[first : first + 4], strict=True)
-        assert all(model.net is ema.copies["ema_500000"].module for model in models)
+        assert all(model.net is ema.copies["ema_500000"] for model in models)
         assert torch.equal(torch.cat(seeds)[:30], image_seeds(5, range(30)))
         assert torch.equal(torch.cat(labels)[:30], torch.arange(10).repeat_interleave(3))
     assert len(sampler.calls) == 8

@@ -46,9 +46,9 @@ class Saves:
         self.names: list[str] = []
         monkeypatch.setattr("fmlit.training.callbacks.checkpoint.save", self)
 
-    def __call__(self, trainer, path):
+    def __call__(self, trainer, path, on_error):
         self.names.append(path.name)
-        return save(trainer, path)
+        return save(trainer, path, on_error)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +190,11 @@ def test_a_model_that_has_come_apart_is_not_kept(tmp_path):
 
 def test_their_time_is_counted(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr("fmlit.training.callbacks.intervals.time", clock)
+    monkeypatch.setattr("fmlit.training.hooks.time", clock)
 
-    def slow(trainer, path):
+    def slow(trainer, path, on_error):
         clock.now += 100
-        return ""
+        return True
 
     monkeypatch.setattr("fmlit.training.callbacks.checkpoint.save", slow)
     monkeypatch.setattr("fmlit.training.callbacks.checkpoint.link", lambda name, target: None)

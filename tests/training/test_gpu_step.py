@@ -107,7 +107,7 @@ def test_a_training_step_stays_on_the_device_and_never_waits_for_it(make, clip, 
     module = make()
     ema, log = start(module)
     with gpu:
-        for net in (module, *(copy.module for copy in ema.copies.values())):
+        for net in (module, *ema.copies.values()):
             move(net)
         module._device = GPU
         module.run.guard.to(GPU)

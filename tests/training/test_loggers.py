@@ -270,12 +270,7 @@ def test_a_service_that_does_not_start_does_not_stop_the_training(
     ],
 )
 def test_why_a_run_is_offline(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    offline: bool,
-    environment: dict[str, str],
-    netrc: str,
-    reason: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool, environment: dict[str, str], netrc: str, reason: str
 ) -> None:
     wandb.teardown()
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")

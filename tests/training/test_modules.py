@@ -213,8 +213,7 @@ def test_defaults_are_the_courses():
 
 
 @pytest.mark.parametrize(
-    ("decay", "factors"),
-    [("constant", [1, 1, 1, 1]), ("linear", [1, 0.5, 0, 0]), ("cosine", [1, 0.5, 0, 0])],
+    ("decay", "factors"), [("constant", [1, 1, 1, 1]), ("linear", [1, 0.5, 0, 0]), ("cosine", [1, 0.5, 0, 0])]
 )
 def test_the_learning_rate_follows_images(decay, factors):
     module = digits_module(schedule=LearningRateSchedule(1100, warmup_images=100, decay=decay))

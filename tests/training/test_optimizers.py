@@ -68,9 +68,7 @@ def test_wrong_settings_are_named(make, message):
 def test_any_other_optimizer_follows_the_schedule_and_is_resumed(config, tmp_path):
     def module():
         return digits_module(
-            optimizer=config,
-            schedule=fmlit.LearningRateSchedule(images=96, decay="linear"),
-            learned_loss_weight=True,
+            optimizer=config, schedule=fmlit.LearningRateSchedule(images=96, decay="linear"), learned_loss_weight=True
         )
 
     whole, half, resumed = module(), module(), module()

@@ -13,7 +13,8 @@ from fmlit.core.errors import FileError, UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.storage.descriptions import describe
 from fmlit.storage.run_folder import RunFolder
-from fmlit.training.callbacks.intervals import EveryImages
+from fmlit.training.hooks import EveryImages
+from fmlit.training.lightning_internals import is_accumulating
 from fmlit.training.modules import GenerativeModule
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,7 @@ class Checkpoint(EveryImages):
     """
 
     def __init__(
-        self,
-        every: int | None = 500_000,
-        keep: int = 2,
-        on_error: OnError = "abort",
-        milestones: Sequence[int] = (),
+        self, every: int | None = 500_000, keep: int = 2, on_error: OnError = "abort", milestones: Sequence[int] = ()
     ) -> None:
         super().__init__(every)
         if keep < 1:
@@ -53,10 +50,8 @@ class Checkpoint(EveryImages):
         if on_error not in get_args(OnError):
             raise UserError(f"checkpoint.on_error must be one of {', '.join(get_args(OnError))}, got {on_error!r}")
         if any(later <= earlier for earlier, later in itertools.pairwise((0, *milestones))):
-            raise UserError(
-                f"checkpoint.milestones must be positive numbers of images, each larger than the one before, "
-                f"got {list(milestones)}"
-            )
+            rule = "must be positive numbers of images, each larger than the one before"
+            raise UserError(f"checkpoint.milestones {rule}, got {list(milestones)}")
         self.keep, self.on_error, self.milestones = keep, on_error, tuple(milestones)
         self.newest: Path | None = None
         self._looked_at: int | None = None  # images seen when milestones were last looked for
@@ -81,17 +76,13 @@ class Checkpoint(EveryImages):
                     trainer.strategy.remove_checkpoint(folder.checkpoint(images))
 
     def _save(self, trainer: pl.Trainer, folder: RunFolder, path: Path) -> bool:
-        """Save the newest checkpoint. Returns whether that worked, and raises a FileError if the run must end."""
-        if problem := save(trainer, path):
-            if self.on_error == "abort":
-                raise FileError(problem)
+        """Save the newest checkpoint, and return whether that worked."""
+        saved = save(trainer, path, self.on_error)
+        if saved:
+            self.newest = path
             if trainer.is_global_zero:
-                log.warning("%s; training goes on", problem)
-            return False
-        self.newest = path
-        if trainer.is_global_zero:
-            link(folder.last, path)
-        return True
+                link(folder.last, path)
+        return saved
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         run = pl_module.run
@@ -107,26 +98,19 @@ class Checkpoint(EveryImages):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self._looked_at is None:
-            self._looked_at = pl_module.images_seen
         self._save_milestone(trainer, pl_module)  # in case a kill came between best.ckpt of this very step and this
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step != self._step:  # not between two steps, while gradients accumulate
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: GenerativeModule, *_: Any) -> None:
+        if not is_accumulating(trainer):
             self._save_milestone(trainer, pl_module)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._step = trainer.global_step  # which stands still there without an interval
+        super().on_train_batch_end(trainer, pl_module)
 
     def _save_milestone(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         """Save one if it is due since the last look, which every checkpoint remembers."""
-        assert self._looked_at is not None
         looked_at, self._looked_at = self._looked_at, module.images_seen
-        if not any(looked_at < images <= module.images_seen for images in self.milestones):
-            return
-        with self._pause(module):
-            self._save(trainer, module.run.folder, module.run.folder.milestone(module.images_seen))
+        if looked_at is not None and any(looked_at < images <= module.images_seen for images in self.milestones):
+            with self._pause(module):
+                self._save(trainer, module.run.folder, module.run.folder.milestone(module.images_seen))
 
     def state_dict(self) -> dict[str, Any]:
         return {"looked_at": self._looked_at}
@@ -135,8 +119,12 @@ class Checkpoint(EveryImages):
         self._looked_at = state_dict["looked_at"]
 
 
-def save(trainer: pl.Trainer, path: Path) -> str:
-    """Save a checkpoint; all ranks call it. Returns on every rank why that failed, or an empty string."""
+def save(trainer: pl.Trainer, path: Path, on_error: OnError) -> bool:
+    """Save a checkpoint, and return on every rank whether that worked. All ranks call it.
+
+    Raises:
+        FileError: it did not work, and the run must end.
+    """
     failure: Exception | None = None
     try:
         trainer.save_checkpoint(path)
@@ -146,7 +134,11 @@ def save(trainer: pl.Trainer, path: Path) -> str:
     problem = ProcessGroup.current().from_first(lambda: "" if failure is None else str(failure) or repr(failure))
     if failure is not None and not (isinstance(failure, OSError) and trainer.is_global_zero):
         raise failure  # of what is to be saved, not of the disk; the other ranks hear of it when they are done
-    return problem
+    if problem and on_error == "abort":
+        raise FileError(problem)
+    if problem and trainer.is_global_zero:
+        log.warning("%s; training goes on", problem)
+    return not problem
 
 
 def link(name: Path, target: Path) -> None:

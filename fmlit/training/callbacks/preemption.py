@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -22,8 +21,7 @@ from fmlit.training.modules import GenerativeModule
 # The stronger signal stands last. SIGTERM ends a job for whatever reason. A Slurm script asks for SIGUSR1 before the
 # time limit. Only then does the job requeue itself: a cancelled job must not come back, and Slurm requeues a preempted
 # one.
-SIGNALS = ("", "SIGTERM", "SIGUSR1")
-REQUEUE = SIGNALS.index("SIGUSR1")
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(Exception):
@@ -57,51 +55,43 @@ class Preemption(Callback):
         if check_every < 1:
             raise UserError(f"preemption.check_every must be at least 1 step, got {check_every}")
         self.check_every = check_every
-        self._received = 0
+        self._received = -1  # the index of the strongest signal so far
         self._ranks = ProcessGroup()
 
     @contextlib.contextmanager
     def watch_signals(self) -> Iterator[None]:
         """Note signals during the block, also while Lightning sets up. The previous handlers return at its end."""
-        before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS[1:]}
-        self._install()
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        _set_handlers(dict.fromkeys(SIGNALS, self._note))
         try:
             yield
         finally:
-            if threading.current_thread() is threading.main_thread():
-                for name, handler in before.items():
-                    signal.signal(getattr(signal, name), handler)
-
-    def _install(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            for name in SIGNALS[1:]:
-                signal.signal(getattr(signal, name), self._note)
+            _set_handlers(before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = max(self._received, SIGNALS.index(signal.Signals(number).name))
+        self._received = max(self._received, SIGNALS.index(signal.Signals(number)))
 
     def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         # Before data are read, where one rank may fail and leave while others would still be connecting.
-        self._ranks = ProcessGroup()
-        if dist.is_available() and dist.is_initialized():
-            self._ranks = ProcessGroup(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        self._ranks = ProcessGroup.current()
+        if self._ranks.size > 1:
+            self._ranks = ProcessGroup.current(dist.new_group(backend="gloo"))
             self._ranks.gather_objects(None)  # all are connected
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
-        self._install()  # again, in place of Lightning's handlers, which restore at the end what they found
+        # Again, in place of Lightning's handlers, which restore at the end what they found.
+        _set_handlers(dict.fromkeys(SIGNALS, self._note))
         if trainer.world_size > 1:
             skip_signal_broadcast(trainer)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if is_accumulating(trainer) or trainer.global_step % self.check_every:
-            return
-        if trainer.global_step < trainer.max_steps:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: GenerativeModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self.check_every == 0 and step < trainer.max_steps and not is_accumulating(trainer):
             strongest = max(self._ranks.gather_objects(self._received))
-            if strongest:
-                raise Preempted(SIGNALS[strongest], self._leave(trainer, pl_module, strongest == REQUEUE))
+            if strongest >= 0:
+                received = SIGNALS[strongest]
+                raise Preempted(received.name, self._leave(trainer, pl_module, received == signal.SIGUSR1))
 
     def _leave(self, trainer: pl.Trainer, module: GenerativeModule, requeue: bool) -> str:
         """Save, close the logs, and requeue, before the first rank ends. Returns what was done, in words."""
@@ -116,29 +106,32 @@ class Preemption(Callback):
             return _requeue() if requeue else "--resume goes on"
 
         # The launcher kills all processes once the first has ended: rank 0 must not be in the middle of this then.
-        next_start = self._ranks.from_first(close)
-        return (
-            f"saved {saved}; {next_start}"
-            if saved
-            else f"nothing was saved, as the run has no checkpoints; {next_start}"
-        )
+        done = f"saved {saved}" if saved else "nothing was saved, as the run has no checkpoints"
+        return f"{done}; {self._ranks.from_first(close)}"
+
+
+def _set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread set them
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _requeue() -> str:
-    """Ask Slurm to start this job again; says what came of it."""
+    """Ask Slurm to start this job again, and return the result in words."""
     environment = os.environ
     job = environment.get("SLURM_JOB_ID")
     if not job:
         return "not requeued, as this is no Slurm job; --resume goes on"
     if "SLURM_ARRAY_JOB_ID" in environment:
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    if shutil.which("scontrol") is None:
-        return f"job {job} is not requeued: there is no scontrol here; sbatch it again, with --resume"
     try:
-        answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=True)
+        return f"job {job} is requeued"
+    except FileNotFoundError:
+        problem = "there is no scontrol here"
+    except subprocess.CalledProcessError as error:
+        answer = " ".join((error.stderr or error.stdout).split())
+        problem = f"scontrol said: {answer or f'exit code {error.returncode}'}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"job {job} is not requeued: {error}; sbatch it again, with --resume"
-    if answer.returncode:
-        said = " ".join((answer.stderr or answer.stdout).split()) or f"exit code {answer.returncode}"
-        return f"job {job} is not requeued: scontrol said: {said}; sbatch it again, with --resume"
-    return f"job {job} is requeued"
+        problem = str(error)
+    return f"job {job} is not requeued: {problem}; sbatch it again, with --resume"

@@ -1,6 +1,5 @@
 """FID and its relatives while training: a cheap curve at fixed seeds, on all ranks."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 
-from fmlit.core.errors import FileError, UserError
+from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.core.randomness import image_seeds
 from fmlit.data.stores import warn_of_uneven_classes
@@ -18,10 +17,8 @@ from fmlit.sampling.generate import generate
 from fmlit.sampling.samplers import ODESampler, Sampler
 from fmlit.storage.checkpoints import load
 from fmlit.training.callbacks.checkpoint import save
-from fmlit.training.callbacks.intervals import EveryImages, check_sampler
+from fmlit.training.hooks import EveryImages, check_sampler
 from fmlit.training.modules import GenerativeModule
-
-log = logging.getLogger(__name__)
 
 
 class QualityCurve(EveryImages):
@@ -88,10 +85,8 @@ class QualityCurve(EveryImages):
         if pl_module.model.num_classes is not None:
             warn_of_uneven_classes(data.dataset(self.split))
         self.features.to(pl_module.device)
-        fingerprint = data.fingerprint(self.split)
-        self._reference = reference_statistics(
-            data.dataset(self.split), fingerprint, self.features, self.split, self.cache, batch_size=self.batch_size
-        )
+        source = data.dataset(self.split), data.fingerprint(self.split), self.features, self.split, self.cache
+        self._reference = reference_statistics(*source, batch_size=self.batch_size)
 
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         assert self._reference is not None
@@ -100,29 +95,22 @@ class QualityCurve(EveryImages):
         size = min(self.batch_size, self.n)  # the last batch is padded
         with torch.autocast(module.device.type, enabled=False), ranks.fail_together():
             quality = ImageQuality(self.features, self._reference, self.metrics)
-            for _, samples in generate(
-                model, self.sampler, self.n, self.seed, size, rank=ranks.rank, world_size=ranks.size
-            ):
+            for _, samples in generate(model, self.sampler, self.n, self.seed, size, None, ranks.rank, ranks.size):
                 quality.update(quantize(samples))
         self.latest = ranks.from_first(quality.reduce().compute)
         module.run.log(self.latest)
         cost = quality.cost()
-        if self.best is None and trainer.is_global_zero:
-            protocol = quality.protocol(module.run.sampled_weights, self.sampler.name)
-            print(f"{next(iter(self.latest))} is {protocol}; {cost}", flush=True)
         name, first = next(iter(self.latest.items()))
+        if self.best is None and trainer.is_global_zero:
+            print(f"{name} is {quality.protocol(module.run.sampled_weights, self.sampler.name)}; {cost}", flush=True)
         if self._is_better(first, name):
             before, self.best, self._best_of = (self.best, self._best_of), first, name
-            if problem := save(trainer, module.run.folder.best):
-                checkpoints = module.run.checkpoints
-                if checkpoints is None or checkpoints.on_error == "abort":
-                    raise FileError(problem)
+            checkpoints = module.run.checkpoints
+            if not save(trainer, module.run.folder.best, checkpoints.on_error if checkpoints else "abort"):
                 self.best, self._best_of = before
-                if trainer.is_global_zero:
-                    log.warning("%s; training goes on", problem)
 
     def _is_better(self, value: float, name: str) -> bool:
-        if self.best is None or self._best_of not in (None, name):  # that was another metric, or of another count
+        if self.best is None or self._best_of != name:  # that was another metric, or of another count
             return True
         return value > self.best if name.startswith(("precision", "recall")) else value < self.best
 
@@ -138,11 +126,11 @@ class QualityCurve(EveryImages):
                 return None
 
         stored = ProcessGroup.current().from_first(read)
-        if stored and stored.get("of") and self._is_better(stored["best"], stored["of"]):
+        if stored and self._is_better(stored["best"], stored["of"]):
             self.load_state_dict(stored)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "of": self._best_of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self._best_of = state_dict["best"], state_dict.get("of")
+        self.best, self._best_of = state_dict["best"], state_dict["of"]

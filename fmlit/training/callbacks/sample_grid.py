@@ -15,7 +15,7 @@ from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.drawing import draw_samples
 from fmlit.sampling.generate import generate
 from fmlit.sampling.samplers import ODESampler, Sampler
-from fmlit.training.callbacks.intervals import EveryImages, check_sampler
+from fmlit.training.hooks import EveryImages, check_sampler
 from fmlit.training.modules import GenerativeModule
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ class TrainingLog(Callback):
         if bins < 1:
             raise UserError(f"bins must be at least 1, got {bins}")
         self.bins = bins
-        self._sums: Tensor | None = None
+        self._sums = torch.zeros(2, bins)  # of losses and counts in each bin
         self._steps: list[tuple[Tensor, Tensor]] = []
         self._costs: dict[str, list[Tensor]] = {}
         self._since = (0.0, 0, 0.0)
@@ -42,17 +42,14 @@ class TrainingLog(Callback):
         self._costs.clear()
         self._since = (time.perf_counter(), pl_module.images_seen, pl_module.run.pause_seconds)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: GenerativeModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert self._sums is not None
+    def on_train_batch_end(self, trainer: Any, pl_module: GenerativeModule, outputs: Any, *_: Any) -> None:
         self._steps.append((outputs["losses"], outputs["times"]))
         if len(self._steps) == STEPS_KEPT:
             self._sum_up()
         for name in ("transport_cost", "transport_cost_independent"):
             if name in outputs:
                 self._costs.setdefault(name, []).append(outputs[name])
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # 0 is Lightning's "never"
+        every = trainer.log_every_n_steps  # 0 is Lightning's "never"
         if every and trainer.global_step % every == 0 and not is_accumulating(trainer):
             self._log(trainer, pl_module)
 
@@ -62,14 +59,12 @@ class TrainingLog(Callback):
 
     def _sum_up(self) -> None:
         """Add what the last steps left to the sums, in a few large operations instead of a few in every step."""
-        assert self._sums is not None
         losses, times = (torch.cat(values) for values in zip(*self._steps, strict=True))
         bins = (times * self.bins).long().clamp(max=self.bins - 1)
         self._sums.index_add_(1, bins, torch.stack([losses.float(), torch.ones_like(times, dtype=torch.float32)]))
         self._steps.clear()
 
     def _log(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
-        assert self._sums is not None
         if self._steps:
             self._sum_up()
         sums, counts = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
@@ -81,15 +76,10 @@ class TrainingLog(Callback):
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": (now[1] - self._since[1]) / max(seconds, 1e-9),
         }
-        by_time = {
-            f"loss_t/{i / self.bins:.2f}-{(i + 1) / self.bins:.2f}": sums[i] / counts[i]
-            for i in range(self.bins)
-            if counts[i]
-        }
-        costs = {
-            name: trainer.strategy.reduce(torch.stack(values).mean(), reduce_op="mean").item()
-            for name, values in self._costs.items()
-        }
+        n = self.bins
+        by_time = {f"loss_t/{i / n:.2f}-{(i + 1) / n:.2f}": sums[i] / counts[i] for i in range(n) if counts[i]}
+        means = {name: torch.stack(values).mean() for name, values in self._costs.items()}
+        costs = {name: trainer.strategy.reduce(mean, reduce_op="mean").item() for name, mean in means.items()}
         self._costs.clear()
         self._since = now
         module.run.log({**latest, **by_time, **costs})
@@ -120,10 +110,8 @@ class ProgressBar(EndlessProgressBar):
             shown |= {"loss": f"{latest['loss']:.4f}", "images/s": f"{latest['images_per_second']:.0f}"}
         return shown
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *args)
         if not self._screen and trainer.is_global_zero:
             done = trainer.global_step * self.lines // max(1, trainer.max_steps)
             if done > self._printed:
