@@ -35,6 +35,11 @@ _HOMES = {  # defining module: its public names
     "fmlit.metrics.dinov2": "DINOv2Features",
     "fmlit.metrics.features": "Features NetworkFeatures PixelFeatures",
     "fmlit.metrics.inception": "InceptionFeatures",
+    "fmlit.training.averages": "EMA",
+    "fmlit.training.callbacks.checkpoint": "Checkpoint",
+    "fmlit.training.callbacks.quality_curve": "QualityCurve",
+    "fmlit.training.callbacks.sample_grid": "SampleGrid",
+    "fmlit.training.callbacks.training_log": "TrainingLog",
     "fmlit.training.draws": "TrainingDraws",
     "fmlit.training.loggers": "WandbLogger",
     "fmlit.training.modules": "FlowMatchingModule GenerativeModule ScoreMatchingModule",
@@ -125,6 +130,11 @@ if TYPE_CHECKING:  # the same names, for editors and type checkers
     )
     from fmlit.solvers.likelihood import bits_per_dimension as bits_per_dimension, log_likelihood as log_likelihood
     from fmlit.storage.loading import load as load
+    from fmlit.training.averages import EMA as EMA
+    from fmlit.training.callbacks.checkpoint import Checkpoint as Checkpoint
+    from fmlit.training.callbacks.quality_curve import QualityCurve as QualityCurve
+    from fmlit.training.callbacks.sample_grid import SampleGrid as SampleGrid
+    from fmlit.training.callbacks.training_log import TrainingLog as TrainingLog
     from fmlit.training.draws import TrainingDraws as TrainingDraws
     from fmlit.training.loggers import WandbLogger as WandbLogger
     from fmlit.training.modules import (

@@ -53,6 +53,15 @@ def test_the_code_of_the_course_page_runs() -> None:
     run(blocks)
 
 
+def test_the_code_of_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run(python_blocks((ROOT / "docs" / "python.md").read_text()))
+    assert names["module"].images_seen == 20 * 64
+    assert names["pictures"].newest == Path("runs/notebook/samples/000001280.png")
+    assert (tmp_path / "runs/notebook/samples/000000640.png").exists()
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_the_code_of_the_readme_does_what_it_says() -> None:
     (block,) = python_blocks((ROOT / "README.md").read_text())
     torch.manual_seed(0)
