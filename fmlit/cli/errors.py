@@ -69,7 +69,8 @@ def process_rank() -> int:
 def _memory_shortage(error: Exception) -> str:
     """What was asked for where memory ran out, or nothing."""
     text = str(error)
-    if not (isinstance(error, torch.OutOfMemoryError) or re.search("CUDA out of memory|DefaultCPUAllocator", text)):
+    said = re.search(r"CUDA out of memory\. Tried|DefaultCPUAllocator: can't allocate", text)
+    if not (isinstance(error, torch.OutOfMemoryError) or said):
         return ""
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
     return f"out of memory{f', {asked[1]} were asked for' if asked else ''}"

@@ -5,6 +5,7 @@ from there on. So it marks the start of each key, and the outer parser writes it
 """
 
 import difflib
+import pydoc
 import re
 from collections.abc import Callable, Iterable
 
@@ -102,6 +103,9 @@ def _reason(said: str) -> str:
         r"Expected a dot import path string: (\w[\w.]*\b)|module '\S+' has no attribute '(\w+)'", text
     ):
         return _no_class(unknown[1] or unknown[2])
+    if abstract := re.search(r"but ([\w.]+) is abstract", text):
+        missing = sorted(getattr(pydoc.locate(abstract[1]), "__abstractmethods__", ()))
+        return f"{abstract[1]} is abstract: it lacks {', '.join(missing)}"
     given = re.search(r"^ *Given value: ([^(){}\n]{1,60})$", said, re.MULTILINE)
     return _readable(f"{text}. Got value: {given[1]}" if given and "Got value" not in text else text)
 

@@ -57,7 +57,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         forget_defaults_of_replaced_classes()
         pass_null_to_nested_options()
-        super().__init__(*args, **{"formatter_class": HelpFormatter, **kwargs})
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs})
         self._class: Any = None
 
     @property

@@ -20,6 +20,7 @@ The arguments of the model, of its parts and of the data depend on their class, 
 
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -55,6 +56,7 @@ from fmlit.training.summary import Parts, describe_run, quiet_logging, summarize
 PARTS: dict[str, type[pl.Callback]] = Parts.__annotations__
 MEMORY = "lower data.batch_size (while scoring quality.batch_size), or raise trainer.accumulate_grad_batches"
 TRAINER_ERRORS = (ValueError, TypeError, ImportError, MisconfigurationException)  # of options that do not fit
+GLOO_ERROR = re.compile(r"\[\S*/gloo/")  # gloo's errors start with the file that raises them
 PREEMPTED = 128 + signal.SIGTERM  # the exit code, whichever signal it was: what schedulers take for an ended job
 
 
@@ -221,7 +223,7 @@ class TrainingCLI(LightningCLI):
                 print(f"interrupted after {self.model.images_seen:,} images; {goes_on}", file=sys.stderr)
             raise
         except RuntimeError as error:
-            if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            if not (isinstance(error, torch.distributed.DistError) or GLOO_ERROR.match(str(error))):
                 raise
             reason = str(error).splitlines()[0].partition(". ")[0]
             raise LostProcessError(f"lost another process, which says why or was killed ({reason})") from error

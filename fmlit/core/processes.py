@@ -28,7 +28,7 @@ class ProcessGroup:
 
     @staticmethod
     def current(group: Any = None) -> "ProcessGroup":
-        """All processes of the (default) process group, or this one where torch.distributed is not initialised."""
+        """All processes of the (default) process group, or this one where torch.distributed is not initialized."""
         if not (dist.is_available() and dist.is_initialized()):
             return ProcessGroup()
         return ProcessGroup(dist.get_rank(group), dist.get_world_size(group), group)

@@ -27,7 +27,7 @@ class DataModule(LightningDataModule, ABC):
     the run was interrupted (see `fmlit.data.order`).
 
     Args:
-        batch_size: Images per optimiser step, over all ranks and all accumulated batches.
+        batch_size: Images per optimizer step, over all ranks and all accumulated batches.
         seed: Seed of the order and of the flips.
     """
 

@@ -12,7 +12,7 @@ class Digits(DataModule):
     The split is fixed and has the same share of every class; the 17 grey levels are spread over 0 ... 255.
 
     Args:
-        batch_size: Images per optimiser step, over all ranks and all accumulated batches.
+        batch_size: Images per optimizer step, over all ranks and all accumulated batches.
         seed: Seed of the order in which training sees the images.
     """
 

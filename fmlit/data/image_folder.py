@@ -56,7 +56,7 @@ class ImageFolder(DataModule):
     Args:
         root: Folder of the pictures to train on.
         size: Side of the square images, in pixels.
-        batch_size: Images per optimiser step, over all ranks and all accumulated batches.
+        batch_size: Images per optimizer step, over all ranks and all accumulated batches.
         seed: Seed of the order in which training sees the images, and of their flips.
         horizontal_flip: Mirror training images left to right with probability 1/2.
         classes: Take folders as classes. With false, all pictures are of one kind.

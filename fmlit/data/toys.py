@@ -34,7 +34,7 @@ class TwoPoints(ToyData):
 
     Args:
         samples: Number of points.
-        batch_size: Points per optimiser step, over all ranks and all accumulated batches.
+        batch_size: Points per optimizer step, over all ranks and all accumulated batches.
         seed: Seed of the order in which training sees the points.
     """
 
@@ -49,7 +49,7 @@ class Moons(ToyData):
 
     Args:
         samples: Number of points.
-        batch_size: Points per optimiser step, over all ranks and all accumulated batches.
+        batch_size: Points per optimizer step, over all ranks and all accumulated batches.
         seed: Seed of the points and of the order in which training sees them.
         noise: Standard deviation of the Gaussian noise around the half circles.
     """
@@ -75,7 +75,7 @@ class Checkerboard(ToyData):
 
     Args:
         samples: Number of points.
-        batch_size: Points per optimiser step, over all ranks and all accumulated batches.
+        batch_size: Points per optimizer step, over all ranks and all accumulated batches.
         seed: Seed of the points and of the order in which training sees them.
     """
 

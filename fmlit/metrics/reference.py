@@ -114,7 +114,7 @@ class Reference:
 
 
 class _Images(Dataset[Tensor]):
-    """The images of a labelled data set, checked; with ``flip`` their mirror images follow."""
+    """The images of a labeled data set, checked; with ``flip`` their mirror images follow."""
 
     def __init__(self, dataset: LabeledImages, split: str, flip: bool) -> None:
         self.dataset, self.split, self.flip = dataset, split, flip

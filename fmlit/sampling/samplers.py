@@ -57,6 +57,8 @@ class Sampler(ABC):
             raise UserError(f"unknown method {self.method!r}: choose from {', '.join(methods)}")
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
+        if not isinstance(self.grid, Grid):
+            raise UserError(f"grid must be a grid such as fmlit.UniformGrid(), got {self.grid!r}")
         check_guidance(self.guidance, self.guidance_interval)
         if self.precision not in get_args(Precision):
             raise UserError(f"unknown precision {self.precision!r}: choose from {', '.join(get_args(Precision))}")
@@ -81,7 +83,9 @@ class Sampler(ABC):
         """Raise a UserError where a model or guide does not have what the sampler follows, or steps are too few."""
         for key, value in (("model", model), ("guide", guide or model)):
             if not isinstance(value, GenerativeModel):
-                raise UserError(f"{key} must be a fmlit.GenerativeModel, got {type(value).__name__}")
+                raise UserError(
+                    f"{key} must be a fmlit.GenerativeModel, as fmlit.load returns, got {type(value).__name__}"
+                )
         if self.stochastic and (model.coupled or (guide is not None and guide.coupled)):
             raise UserError(
                 f"{type(self).__name__} needs the score, which does not follow from the velocity of a model that was "

@@ -1,6 +1,6 @@
 """Exact log-likelihood of the model that an ODE defines, and bits per dimension of 8-bit images.
 
-A normalising flow z = f(x0) built from layers knows its density by the change of variables,
+A normalizing flow z = f(x0) built from layers knows its density by the change of variables,
 ``log p(z) = log p(x0) - sum_layers log |det J_layer|``, and has to shape every layer so that it inverts and its
 determinant is cheap. In a continuous flow each instant is the layer x + u dt; its log-determinant is tr(du/dx) dt for
 any field u, and the sum becomes an integral along the path that ends in z (Chen et al. 2018)::

@@ -91,6 +91,7 @@ def build(description: Description, trust: Sequence[str] = (), kind: type = obje
     """
     if not (isinstance(description, dict) and "class_path" in description):
         raise UserError(f"a description is a dict with class_path and init_args, got {_shorten(description)}")
+    trust = [trust] if isinstance(trust, str) else trust
     class_paths = [nested["class_path"] for nested in _nested(description)]
     for class_path in class_paths:
         module, _, name = class_path.rpartition(".")
@@ -146,11 +147,23 @@ def _construct(value: Any, classes: dict[str, type]) -> Any:
     if "class_path" not in value:
         return {key: _construct(item, classes) for key, item in value.items()}
     arguments = {name: _construct(item, classes) for name, item in value.get("init_args", {}).items()}
+    cls = classes[value["class_path"]]
     try:
-        return classes[value["class_path"]](**arguments)
-    except Exception as error:  # whatever a constructor says to the arguments that a file made up
+        return cls(**arguments)
+    except Exception as error:  # a constructor may say anything about arguments that a file made up
+        arguments_fit = not isinstance(error, UserError) and _accepts(cls, arguments)
+        if arguments_fit and not _is_within(cls.__module__, ("fmlit", "diffusers")):
+            raise  # a bug in a class of the user's own
         message = " ".join(str(error).split())
         raise UserError(f"{value['class_path']} cannot be built from its description: {message}") from error
+
+
+def _accepts(cls: type, arguments: dict[str, Any]) -> bool:
+    try:
+        inspect.signature(cls).bind(**arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def _is_within(dotted: str, packages: Sequence[str]) -> bool:
@@ -160,8 +173,8 @@ def _is_within(dotted: str, packages: Sequence[str]) -> bool:
 def _refusal(class_path: str) -> UserError:
     return UserError(
         f"{_shorten(class_path)} is refused: a checkpoint may name the public networks, paths and predictions of fmlit "
-        f"and {UNET2D}; classes of another package are built only if you trust it, by --trust PACKAGE, or to train, by "
-        f"a configuration that names them"
+        f"and {UNET2D}; to build classes of another package, sample, evaluate and export take --trust PACKAGE, "
+        f"fmlit.load takes trust=['PACKAGE'], and train takes a configuration that names them"
     )
 
 

@@ -94,11 +94,22 @@ def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | s
     """
     folder = Path(folder)
     try:
-        model = descriptions.build(read_description(folder)["model"], trust, GenerativeModel)
-        model.net.load_state_dict(_read_weights(folder))
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} does not hold an exported model: {' '.join(str(error).split())}") from error
+        description, weights = read_description(folder)["model"], _read_weights(folder)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise _not_exported(folder, error) from error
+    try:
+        model = descriptions.build(description, trust, GenerativeModel)
+    except UserError as error:  # any other error is a bug in a class of the user's own
+        raise _not_exported(folder, error) from error
+    try:
+        model.net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise _not_exported(folder, error) from error
     return model.to(device).float().eval()
+
+
+def _not_exported(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder} does not hold an exported model: {' '.join(str(error).split())}")
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -76,9 +76,12 @@ def _load_checkpoint(path: Path, weights: str, trust: Sequence[str]) -> Generati
         raise UserError(f"checkpoint {path} does not describe its model: it was not written by an fmlit module")
     try:
         model = descriptions.build(checkpoint["model_description"], trust, GenerativeModel)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from error
+    try:
         state = _select_weights(checkpoint, weights)
         _check_fit(state, model.net.state_dict())
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:  # a forged file may hold anything under these names
         raise UserError(f"checkpoint {path}: {error}") from error
     model.net.load_state_dict(state)
     return model
@@ -119,5 +122,5 @@ def training_data(checkpoint: Path | None, trust: Sequence[str] = ()) -> DataMod
         raise UserError(f"{checkpoint} is an export, which does not name its training data; give them by --data")
     try:
         return descriptions.build(checkpoints.load(checkpoint).get("data_description", {}), trust, DataModule)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"the training data of {checkpoint} cannot be built ({error}); give them by --data") from error

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fmlit.core import randomness
 from fmlit.core.errors import UserError
+from fmlit.data.data_module import DataModule
 from fmlit.flows.couplings import IndependentCoupling, transport_cost
 from fmlit.flows.loss_weights import LearnedLossWeight
 from fmlit.flows.losses import flow_matching_loss, score_matching_loss
@@ -109,7 +110,16 @@ class GenerativeModule(pl.LightningModule, ABC):
             # The next graph would write over gradients that are still being summed.
             conflict = f"{self.execution.compile} and trainer.accumulate_grad_batches do not go together"
             raise UserError(f"model.execution.compile: {conflict}; choose max-autotune-no-cudagraphs or default")
+        if self.run.data is not None:
+            self._check_data(self.run.data)
         self.execution.compile_net(self.model.net)
+
+    def _check_data(self, data: DataModule) -> None:
+        model = self.model
+        if model.shape != tuple(data.shape):
+            raise UserError(f"the network is for data of shape {model.shape}, and the data has {tuple(data.shape)}")
+        if model.num_classes is not None and model.num_classes != data.num_classes:
+            raise UserError(f"the network has {model.num_classes} classes, and the data {data.num_classes or 'none'}")
 
     def on_train_start(self) -> None:
         self.run.guard.to(self.device)
@@ -125,6 +135,9 @@ class GenerativeModule(pl.LightningModule, ABC):
                 )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        if not (isinstance(batch, dict) and batch.keys() >= {"data", "labels"}):
+            wanted = "a dict of data (B, *shape) and labels (B,), as fmlit.DataModule deals"
+            raise UserError(f"a batch must be {wanted}, got {type(batch).__name__}")
         z, labels = batch["data"], batch["labels"] if self.model.num_classes is not None else None
         drawn, t, labels = self._draw(len(z), labels)
         eps = self.draws.couple(self._global_batch(len(z)), z, drawn, labels)

@@ -71,7 +71,7 @@ def take_weights(path: str, module: GenerativeModule) -> None:
     try:
         found = find_model(path, "start_from")
         weights = load(found, trust=trust).net.state_dict()
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, UserError) as error:
         raise UserError(f"start_from: {error}") from error
     if differences := list(_differences(_shapes(weights), _shapes(module.model.net.state_dict()))):
         problem = f"{_listed(differences)}: {found} holds another network"

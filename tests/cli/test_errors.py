@@ -315,6 +315,11 @@ def test_other_ranks_speak_only_where_rank_0_has_not_failed_as_well(
     assert capsys.readouterr().err == ("" if orphaned else "error: rank 3: no space left\n")
 
 
+def test_an_abstract_class_says_what_it_lacks(tmp_path: Path) -> None:
+    error = train(tmp_path, "--model.path=fmlit.GaussianPath").error
+    assert error.startswith("model.path: fmlit.GaussianPath is abstract: it lacks alpha, alpha_dot, beta, beta_dot")
+
+
 @pytest.mark.parametrize("first", ["samples", "quality"])
 def test_two_objects_of_one_class_are_told_apart(tmp_path: Path, first: str) -> None:
     """Both are equal but for what is nested in them, in lists, or said of the default."""

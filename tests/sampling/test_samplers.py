@@ -312,6 +312,7 @@ def test_labels_for_an_unconditional_model_are_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (partial(ODESampler, grid="EDMGrid"), r"grid must be a grid such as fmlit.UniformGrid\(\), got 'EDMGrid'"),
         (partial(ODESampler, "huen"), "unknown method 'huen': choose from euler, midpoint, heun"),
         (partial(SDESampler, method="heun"), "unknown method 'heun': choose from euler_maruyama, stochastic_heun"),
         (partial(ODESampler, steps=0), "steps must be at least 1, got 0"),

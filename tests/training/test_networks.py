@@ -4,11 +4,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fmlit
 from fmlit.core.errors import UserError
 from fmlit.training.networks import build_network
-from tests.helpers.small_runs import same, tiny_mlp, weights
+from tests.helpers.small_runs import fit, same, tiny_mlp, tiny_unet, weights
 
 SHAPE = (1, 8, 8)
 
@@ -78,3 +79,18 @@ def test_a_network_inside_torch_compile_is_refused():
     compiled = torch.compile(tiny_mlp((2,)), backend="eager")
     with pytest.raises(UserError, match=r"the network itself, .* execution=fmlit.Execution\(compile='default'\)"):
         fmlit.FlowMatchingModule(compiled)
+
+
+def test_data_that_do_not_fit_are_refused_before_the_first_step(tmp_path):
+    for net, words in (
+        (tiny_mlp((1, 16, 16)), r"the network is for data of shape \(1, 16, 16\), and the data has \(1, 8, 8\)"),
+        (tiny_unet((1, 8, 8), 5), "the network has 5 classes, and the data 10"),
+    ):
+        with pytest.raises(UserError, match=words):
+            fit(fmlit.FlowMatchingModule(net=net), tmp_path, 1)
+
+
+def test_batches_of_plain_loaders_are_refused_by_what_they_lack(tmp_path):
+    loader = DataLoader(TensorDataset(torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64)), batch_size=4)
+    with pytest.raises(UserError, match=r"a batch must be a dict of data .*, got list"):
+        fit(fmlit.FlowMatchingModule(net=tiny_unet((1, 8, 8))), tmp_path, 1, data=loader)
