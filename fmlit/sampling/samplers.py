@@ -84,7 +84,7 @@ class Sampler(ABC):
         for key, value in (("model", model), ("guide", guide or model)):
             if not isinstance(value, GenerativeModel):
                 raise UserError(
-                    f"{key} must be a fmlit.GenerativeModel, as fmlit.load returns, got {type(value).__name__}"
+                    f"{key} must be a fmlit.GenerativeModel, got {type(value).__name__}; fmlit.load returns one"
                 )
         if self.stochastic and (model.coupled or (guide is not None and guide.coupled)):
             raise UserError(
