@@ -17,7 +17,6 @@ from PIL import Image
 from fmlit import Digits
 from fmlit.cli.evaluate import Sweep, evaluate
 from fmlit.cli.options import Integers, Names
-from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.randomness import training_generator
 from fmlit.core.tensors import to_uint8
 from fmlit.evaluation import measurements, reports
@@ -29,20 +28,10 @@ from fmlit.sampling.generate import generate
 from fmlit.sampling.grids import UniformGrid
 from fmlit.sampling.samplers import ODESampler, SDESampler
 from fmlit.solvers import likelihood
-from tests.helpers.known_model import STD, known_model, save_run
+from tests.helpers.known_model import STD, known_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:a Fréchet distance from .. images in 64 dimensions")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "evaluate.py"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    return str(save_run(tmp_path_factory.mktemp("runs") / "known", known_model()))
-
-
-@pytest.fixture
-def options(tmp_path) -> dict:
-    return {"out": str(tmp_path / "out"), "scoring": ScoringOptions(cache=str(tmp_path / "cache"), batch_size=32)}
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -21,16 +21,6 @@ from tests.helpers.known_model import known_model, save_run
 pytestmark = pytest.mark.filterwarnings("ignore:a Fréchet distance from .. images in 64 dimensions")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    return str(save_run(tmp_path_factory.mktemp("runs") / "known", known_model()))
-
-
-@pytest.fixture
-def options(tmp_path) -> dict:
-    return {"out": str(tmp_path / "out"), "scoring": ScoringOptions(cache=str(tmp_path / "cache"), batch_size=32)}
-
-
 def test_pictures_that_are_not_comparable_are_named(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -19,20 +19,10 @@ from fmlit.core.tensors import to_uint8
 from fmlit.data.image_files import read_images, save_npz
 from fmlit.sampling.generate import generate
 from fmlit.sampling.samplers import ODESampler
-from tests.helpers.known_model import known_model, save_run
+from tests.helpers.known_model import known_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:a Fréchet distance from .. images in 64 dimensions")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> str:
-    return str(save_run(tmp_path_factory.mktemp("runs") / "known", known_model()))
-
-
-@pytest.fixture
-def options(tmp_path) -> dict:
-    return {"out": str(tmp_path / "out"), "scoring": ScoringOptions(cache=str(tmp_path / "cache"), batch_size=32)}
 
 
 def test_pictures_score_like_the_samples_that_they_are(checkpoint, options, tmp_path):
