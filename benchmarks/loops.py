@@ -23,7 +23,7 @@ class Loop(ABC):
 
     @abstractmethod
     def step(self) -> None:
-        """One optimiser step, everything that belongs to it included."""
+        """One optimizer step, everything that belongs to it included."""
 
     def block(self, lead: int, steps: int) -> float:
         """Seconds of ``steps`` steps, after ``lead`` steps that are not timed."""

@@ -1,4 +1,4 @@
-"""Training loops as other packages' own examples set them up: network, optimiser, precision, averages, data loading.
+"""Training loops as other packages' own examples set them up: network, optimizer, precision, averages, data loading.
 
 Written here around the installed packages, with the settings of the published examples; only the batch size is common
 to all. Pictures are read as those examples read them, one by one through Pillow and torchvision in worker processes.

@@ -23,7 +23,7 @@ from fmlit.cli.train import TrainingCLI
 from fmlit.core.processes import ProcessGroup
 from fmlit.metrics.cost import Meter
 
-STEPS_FOR_MEMORY = 2  # the first makes the optimiser's state, the second holds it and the activations at once
+STEPS_FOR_MEMORY = 2  # the first makes the optimizer's state, the second holds it and the activations at once
 
 
 class Blocks(pl.Callback):

@@ -89,10 +89,10 @@ def linear_ode(theta: float = 3.0, steps: int = 10) -> Figure:
     fine, coarse = (torch.linspace(0, 1, n + 1, dtype=style.PLANE_DTYPE) for n in (200, steps))
     figure, ((axes,),) = style.panels(1, 1, (5.6, 3.6))
     axes.plot(fine, starts.T * torch.exp(-theta * fine)[:, None], color=style.EXACT, linewidth=0.9)
-    for solver, colour, marker in ((solvers.euler, style.NOISE, "o"), (solvers.heun, style.DATA, "x")):
+    for solver, color, marker in ((solvers.euler, style.NOISE, "o"), (solvers.heun, style.DATA, "x")):
         states = solver(drift, starts, coarse, trajectory=True)[:, :, 0]
-        axes.plot(coarse, states, marker, color=colour, markersize=4)
-        axes.plot([], [], marker, color=colour, label=f"{solver.__name__.capitalize()}, {steps} steps")
+        axes.plot(coarse, states, marker, color=color, markersize=4)
+        axes.plot([], [], marker, color=color, label=f"{solver.__name__.capitalize()}, {steps} steps")
     axes.plot([], [], color=style.EXACT, linewidth=0.9, label=f"$x_0\\, e^{{-\\theta t}}$, $\\theta = {theta:g}$")
     axes.set(
         xlabel="$t$", ylabel="$X_t$", title="the flow of a linear ODE, $\\mathrm{d}X_t = -\\theta X_t\\,\\mathrm{d}t$"

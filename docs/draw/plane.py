@@ -113,15 +113,15 @@ def gaussian_to_data(n: int = 1000) -> Figure:
 
 
 def gaussian_to_data_frames(frames: int = 60, n: int = 1200) -> Iterator[Figure]:
-    """The same flow in motion, coloured by the first coordinate of where a point starts."""
+    """The same flow in motion, colored by the first coordinate of where a point starts."""
     times, states = _transport(n, frames - 1)
     for time, state in zip(times.tolist(), states, strict=True):
         yield _frame(time, state, states[0, :, 0])
 
 
 @style.styled
-def _frame(time: float, points: Tensor, colours: Tensor) -> Figure:
+def _frame(time: float, points: Tensor, colors: Tensor) -> Figure:
     figure, ((axes,),) = style.panels(1, 1, (3.6, 3.8))
     style.plane_axes(axes, LIMIT, f"$t = {time:.2f}$")
-    axes.scatter(*points.T, s=5, c=colours, cmap="viridis", vmin=-2, vmax=2, linewidths=0)
+    axes.scatter(*points.T, s=5, c=colors, cmap="viridis", vmin=-2, vmax=2, linewidths=0)
     return figure

@@ -48,7 +48,7 @@ def linear_sde(theta: float = 0.25, horizon: float = 12.0, steps: int = 1200) ->
     axes[0].set_ylabel("$X_t$")
     figure.suptitle(
         f"$\\mathrm{{d}}X_t = -\\theta X_t\\,\\mathrm{{d}}t + \\sigma\\,\\mathrm{{d}}W_t$, $\\theta = {theta:g}$; "
-        "grey: two standard deviations of $N(0, \\sigma^2 / 2\\theta)$",
+        "gray: two standard deviations of $N(0, \\sigma^2 / 2\\theta)$",
         fontsize=10,
     )
     return figure

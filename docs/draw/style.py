@@ -1,4 +1,4 @@
-"""One look for all pictures, and how they are written: colours for colour-blind readers too, and small files."""
+"""One look for all pictures, and how they are written: colors for color-blind readers too, and small files."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -63,7 +63,7 @@ def plane_grid(limit: float, points: int) -> Tensor:
 
 
 def timed_lines(axes: Axes, paths: Tensor, times: Tensor, **style: Any) -> LineCollection:
-    """Paths (len(times), B, 2) in the plane, coloured by time from noise to data."""
+    """Paths (len(times), B, 2) in the plane, colored by time from noise to data."""
     segments = torch.stack([paths[:-1], paths[1:]], dim=2).flatten(0, 1).numpy()  # (steps * B, 2 ends, 2)
     lines = LineCollection(list(segments), cmap=TIME, **style)
     lines.set_array(times[:-1].repeat_interleave(paths.shape[1]).numpy())
@@ -73,7 +73,7 @@ def timed_lines(axes: Axes, paths: Tensor, times: Tensor, **style: Any) -> LineC
 
 
 def image_rows(axes: Axes, images: Tensor, rows: Sequence[str] = (), columns: Sequence[str] = ()) -> None:
-    """Images (rows, columns, C, H, W) in [-1, 1], grey or colour, one pixel apart; larger values are clipped."""
+    """Images (rows, columns, C, H, W) in [-1, 1], gray or color, one pixel apart; larger values are clipped."""
     separated = torch.nn.functional.pad(images.float().clamp(-1, 1), (0, 1, 0, 1), value=1.0)
     sheet = separated.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows (H + 1), columns (W + 1), C)
     axes.imshow(((sheet[:-1, :-1] + 1) / 2).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -92,13 +92,13 @@ def pixels(figure: Figure) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def palette(picture: Image.Image, colours: int) -> Image.Image:
-    """The picture in its most frequent colours, without dots in what is one colour."""
-    return picture.quantize(colours, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+def palette(picture: Image.Image, colors: int) -> Image.Image:
+    """The picture in its most frequent colors, without dots in what is one color."""
+    return picture.quantize(colors, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Where the picture has so many dots that it would be a large file, 256 colours have to do."""
+    """Where the picture has so many dots that it would be a large file, 256 colors have to do."""
     picture = pixels(figure)
     picture.save(path, optimize=True)
     if path.stat().st_size > LARGEST:

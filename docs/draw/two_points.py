@@ -25,12 +25,12 @@ SCORES: Any = {**VELOCITIES, "levels": [*-MAGNITUDES[::-1], *MAGNITUDES], "norm"
 TICKS = [0, 0.2, 0.4, 0.6, 0.8], [-6, -3, 0, 3, 6], [-100, -10, -1, 1, 10, 100]
 
 
-def _over_time(axes: Axes, function: Callable[[Tensor, Tensor], Tensor], **colours: Any) -> ContourSet:
-    """``function(x (B, 1), t (B,))`` as colours over the rectangle of times and places."""
+def _over_time(axes: Axes, function: Callable[[Tensor, Tensor], Tensor], **colors: Any) -> ContourSet:
+    """``function(x (B, 1), t (B,))`` as colors over the rectangle of times and places."""
     t, x = torch.linspace(0, LAST, 160, dtype=torch.float64), torch.linspace(-LIMIT, LIMIT, 160, dtype=torch.float64)
     places, times = torch.meshgrid(x, t, indexing="ij")
     values = function(places.reshape(-1, 1), times.flatten()).reshape(places.shape)
-    return axes.contourf(t, x, values, **colours)
+    return axes.contourf(t, x, values, **colors)
 
 
 def _row(axes: list[Axes], name: str, given: str, mixture: GaussianMixture, path: GaussianPath) -> None:

@@ -76,7 +76,7 @@ def _to_rgb(image):
     import numpy as np
     from PIL import Image
 
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
             raise UserError(f"32-bit levels from {levels.min()} to {levels.max()} have no fixed white")
@@ -84,6 +84,6 @@ def _to_rgb(image):
     if image.mode == "F":
         raise UserError("floating-point levels have no fixed white")
     if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
+        colors = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors)
     return image.convert("RGB")

@@ -7,9 +7,9 @@ from fmlit.data.stores import InMemoryDataset
 
 
 class Digits(DataModule):
-    """8x8 grey handwritten digits of 43 people (Alpaydin & Kaynak 1998): 1,437 to train on and 360 held out.
+    """8x8 gray handwritten digits of 43 people (Alpaydin & Kaynak 1998): 1,437 to train on and 360 held out.
 
-    The split is fixed and has the same share of every class; the 17 grey levels are spread over 0 ... 255.
+    The split is fixed and has the same share of every class; the 17 gray levels are spread over 0 ... 255.
 
     Args:
         batch_size: Images per optimizer step, over all ranks and all accumulated batches.

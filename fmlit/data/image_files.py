@@ -40,10 +40,10 @@ def read_images(path: str, shape: Sequence[int]) -> LabeledDataset:
 
     Args:
         path: the folder or file.
-        shape: (C, H, W) that they must have. Where C = 1, colour files whose channels agree count as grey.
+        shape: (C, H, W) that they must have. Where C = 1, color files whose channels agree count as gray.
 
     Raises:
-        UserError: another size or type, colours where grey is wanted, a broken file: the file is named.
+        UserError: another size or type, colors where gray is wanted, a broken file: the file is named.
     """
     if Path(path).suffix == ".npz":
         return _read_npz(path, tuple(shape))
@@ -61,7 +61,7 @@ class _GrayPictures(PictureFolder):
         colored = (rgb != rgb[:, :1]).flatten(1).any(dim=1)
         if colored.any():
             name = self.names[indices[int(colored.nonzero()[0])]]
-            raise UserError(f"{Path(self.root, name)} is in colour, and the data are grey images")
+            raise UserError(f"{Path(self.root, name)} is in color, and the data are gray images")
         return rgb[:, :1], labels
 
 

@@ -31,7 +31,7 @@ class DINOv2Features(NetworkFeatures):
     """The normalized class token of a DINOv2 network, without registers: ViT-S/14, ViT-B/14 or ViT-L/14.
 
     As in dgm-eval, the code of Stein et al. (whose network is ViT-L/14): images are resized to 224x224 pixels
-    (bicubic, in 256 levels) and normalized as ImageNet's; position embeddings are interpolated as in Meta's code. Grey
+    (bicubic, in 256 levels) and normalized as ImageNet's; position embeddings are interpolated as in Meta's code. Gray
     images are repeated to RGB. Features are named after the network: ``fd_dinov2_vitl14_50k``.
 
     Args:

@@ -91,7 +91,7 @@ class Features(ABC):
     def rgb_chunks(self, images: Tensor) -> Sequence[Tensor]:
         """Gray or RGB images as RGB. On a CPU in chunks that fit its caches, on a GPU all at once."""
         if images.shape[1] not in (1, 3):
-            raise UserError(f"{self.name} features take grey or RGB images, got {images.shape[1]} channels")
+            raise UserError(f"{self.name} features take gray or RGB images, got {images.shape[1]} channels")
         return images.expand(-1, 3, -1, -1).split(CPU_CHUNK if images.device.type == "cpu" else len(images))
 
     def to(self, device: torch.device | str) -> Self:

@@ -21,7 +21,7 @@ PROBE = (0.2887, 0.5375, 0.1259, 0.1339, 0.0876, 0.2861, 0.1795, 0.0525)
 class InceptionFeatures(Features):
     """The 2048 pooled features of FID (Heusel et al. 2017), by torch-fidelity's port of the original network.
 
-    Grey images are repeated to RGB. Logits are not used, and the weights file need not have them. Weights are read, and
+    Gray images are repeated to RGB. Logits are not used, and the weights file need not have them. Weights are read, and
     fetched if need be, at the first use or ``to``: a recipe whose metrics are switched off needs none.
 
     Args:

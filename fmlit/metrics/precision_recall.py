@@ -40,7 +40,7 @@ def _squared_radii(x: Tensor, k: int, chunk: int) -> Tensor:
     for start in range(0, len(x), chunk):
         squares = _squared_distances(x[start : start + chunk], x)
         rows = torch.arange(len(squares), device=x.device)
-        squares[rows, start + rows] = torch.inf  # no row is its own neighbour
+        squares[rows, start + rows] = torch.inf  # no row is its own neighbor
         radii.append(squares.kthvalue(k, dim=1).values)
     return torch.cat(radii)
 
@@ -50,8 +50,8 @@ def _centered(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise UserError(f"features must be (n, d) and (m, d), got {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = in_float64(a), in_float64(b)
-    centre = b.mean(dim=0)
-    return a - centre, b - centre
+    center = b.mean(dim=0)
+    return a - center, b - center
 
 
 @torch.no_grad()

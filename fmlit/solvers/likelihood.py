@@ -19,7 +19,7 @@ from fmlit import solvers
 from fmlit.core.errors import UserError
 from fmlit.core.tensors import Field, from_uint8
 
-LEVEL = 1 / 127.5  # distance between two grey levels of images in [-1, 1]
+LEVEL = 1 / 127.5  # distance between two gray levels of images in [-1, 1]
 
 
 def log_likelihood(
@@ -93,10 +93,10 @@ def _rademacher(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 images (B, C, H, W) as float32 around [-1, 1], each value uniform over the width of its grey level.
+    """uint8 images (B, C, H, W) as float32 around [-1, 1], each value uniform over the width of its gray level.
 
-    By Jensen, E[log p(dequantised)] + C H W log LEVEL bounds log P(images) from below (Theis et
-    al. 2016), so ``bits_per_dimension`` of dequantised images never flatters the model.
+    By Jensen, E[log p(dequantized)] + C H W log LEVEL bounds log P(images) from below (Theis et
+    al. 2016), so ``bits_per_dimension`` of dequantized images never flatters the model.
     """
     noise = torch.rand(images.shape, generator=generator, device=generator.device).to(images.device)
     return from_uint8(images) + (noise - 0.5) * LEVEL
@@ -105,7 +105,7 @@ def dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
 def bits_per_dimension(log_prob: Tensor, shape: Sequence[int]) -> Tensor:
     """Bits per dimension, (B,), from log densities in nats of ``dequantize``d 8-bit images of this ``shape`` (C, H, W).
 
-    Grey levels lie LEVEL apart, so each dimension turns a density into a probability by a factor LEVEL, which adds
+    Gray levels lie LEVEL apart, so each dimension turns a density into a probability by a factor LEVEL, which adds
     log2(127.5) bits. A uniform density over the 256 levels gives 8.
     """
     dimensions = math.prod(shape)

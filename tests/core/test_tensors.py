@@ -20,7 +20,7 @@ def test_time_of_another_shape_is_refused_with_both_shapes(shape):
         expand_time(torch.zeros(shape), torch.zeros(4, 2))
 
 
-def test_every_grey_level_survives_the_round_trip():
+def test_every_gray_level_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     images = from_uint8(levels)
     assert images.dtype == torch.float32
@@ -41,11 +41,11 @@ def test_non_finite_images_are_refused(value):
         to_uint8(images)
 
 
-def test_only_uint8_is_read_as_grey_levels():
+def test_only_uint8_is_read_as_gray_levels():
     with pytest.raises(ValueError, match="float32"):
         from_uint8(torch.zeros(2))
 
 
-def test_grey_levels_are_not_taken_for_images():
+def test_gray_levels_are_not_taken_for_images():
     with pytest.raises(ValueError, match=r"as floating-point numbers, got torch\.uint8"):
         to_uint8(torch.tensor([0, 255], dtype=torch.uint8))

@@ -16,9 +16,9 @@ from fmlit import ImageFolder
 from fmlit.data.decoding import find_pictures, read_picture
 
 
-def save(path, array=None, colour=(200, 30, 90), size=(8, 8), **options):
+def save(path, array=None, color=(200, 30, 90), size=(8, 8), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.new("RGB", size, colour) if array is None else Image.fromarray(array)
+    image = Image.new("RGB", size, color) if array is None else Image.fromarray(array)
     image.save(path, **options)
     return path
 
@@ -112,7 +112,7 @@ def test_shrinking_averages_and_growing_fills(tmp_path):
     assert read_picture(save(tmp_path / "tiny.png", size=(2, 3)), 8).shape == (3, 8, 8)
 
 
-def colour_of(path):
+def color_of(path):
     square = read_picture(path, 4)
     assert square.shape == (3, 4, 4)
     assert square.dtype == torch.uint8
@@ -121,30 +121,30 @@ def colour_of(path):
 
 def test_modes_become_rgb(tmp_path):
     rgba = np.tile(np.array([255, 0, 0, 128], np.uint8), (8, 8, 1))
-    assert colour_of(save(tmp_path / "rgba.png", rgba)) == pytest.approx([255, 127, 127], abs=1)
+    assert color_of(save(tmp_path / "rgba.png", rgba)) == pytest.approx([255, 127, 127], abs=1)
     clear = np.tile(np.array([9, 9, 9, 0], np.uint8), (8, 8, 1))
-    assert colour_of(save(tmp_path / "clear.webp", clear, lossless=True, exact=True)) == [255, 255, 255]
-    grey_alpha = np.tile(np.array([0, 51], np.uint8), (8, 8, 1))
-    assert colour_of(save(tmp_path / "la.png", grey_alpha)) == pytest.approx([204] * 3, abs=1)
-    assert colour_of(save(tmp_path / "grey.png", np.full((8, 8), 70, np.uint8))) == [70, 70, 70]
+    assert color_of(save(tmp_path / "clear.webp", clear, lossless=True, exact=True)) == [255, 255, 255]
+    gray_alpha = np.tile(np.array([0, 51], np.uint8), (8, 8, 1))
+    assert color_of(save(tmp_path / "la.png", gray_alpha)) == pytest.approx([204] * 3, abs=1)
+    assert color_of(save(tmp_path / "gray.png", np.full((8, 8), 70, np.uint8))) == [70, 70, 70]
 
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     palette.save(tmp_path / "palette.gif")
-    assert colour_of(tmp_path / "palette.gif") == [10, 200, 30]
+    assert color_of(tmp_path / "palette.gif") == [10, 200, 30]
     palette.save(tmp_path / "see-through.png", transparency=1)
-    assert colour_of(tmp_path / "see-through.png") == [255, 255, 255]
+    assert color_of(tmp_path / "see-through.png") == [255, 255, 255]
 
     Image.new("1", (8, 8), 1).save(tmp_path / "bit.png")
-    assert colour_of(tmp_path / "bit.png") == [255, 255, 255]
+    assert color_of(tmp_path / "bit.png") == [255, 255, 255]
     Image.new("CMYK", (8, 8), (0, 0, 0, 255)).save(tmp_path / "print.jpg")
-    assert colour_of(tmp_path / "print.jpg") == pytest.approx([0, 0, 0], abs=2)
+    assert color_of(tmp_path / "print.jpg") == pytest.approx([0, 0, 0], abs=2)
 
 
-@pytest.mark.parametrize(("level", "grey"), [(0, 0), (257, 1), (32896, 128), (65535, 255)])
+@pytest.mark.parametrize(("level", "gray"), [(0, 0), (257, 1), (32896, 128), (65535, 255)])
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path, level, grey, name):
-    assert colour_of(save(tmp_path / name, np.full((8, 8), level, np.uint16))) == [grey] * 3
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, level, gray, name):
+    assert color_of(save(tmp_path / name, np.full((8, 8), level, np.uint16))) == [gray] * 3
 
 
 @pytest.mark.parametrize("array", [np.full((8, 8), 70000, np.int32), np.full((8, 8), 0.5, np.float32)])

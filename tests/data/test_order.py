@@ -44,7 +44,7 @@ def as_rank(data, rank=0, world_size=1, accumulated=1, images_seen=0):
 
 
 def global_stream(world_size, accumulated, steps, images_seen=0, **arguments):
-    """(labels, flipped) of the images of ``steps`` optimiser steps, in the order of the stream."""
+    """(labels, flipped) of the images of ``steps`` optimizer steps, in the order of the stream."""
     loaders = [
         as_rank(Numbered(**arguments), rank, world_size, accumulated, images_seen).train_dataloader()
         for rank in range(world_size)

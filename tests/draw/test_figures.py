@@ -72,7 +72,7 @@ def test_the_style_of_the_pictures_is_theirs_alone():
     assert dict(mpl.rcParams) == before
 
 
-def test_a_picture_of_many_colours_keeps_its_plain_areas(tmp_path, monkeypatch):
+def test_a_picture_of_many_colors_keeps_its_plain_areas(tmp_path, monkeypatch):
     monkeypatch.setattr(style, "LARGEST", 60_000)
     figure = Figure(figsize=(2, 2), facecolor="#E8E8E8")
     axes = figure.subplots()
@@ -80,7 +80,7 @@ def test_a_picture_of_many_colours_keeps_its_plain_areas(tmp_path, monkeypatch):
     before = style.pixels(figure)
     style.save_png(figure, tmp_path / "noise.png")
     after = Image.open(tmp_path / "noise.png")
-    assert after.mode == "P"  # in full colours it would be too large
+    assert after.mode == "P"  # in full colors it would be too large
     assert after.convert("RGB").getpixel((2, 2)) == before.getpixel((2, 2)) == (0xE8,) * 3
     style.save_png(odes.linear_ode(), tmp_path / "lines.png")
     assert Image.open(tmp_path / "lines.png").mode == "RGB"
@@ -129,15 +129,15 @@ def test_the_flow_never_folds_the_grid():
 
 
 @pytest.mark.parametrize(
-    ("mixture", "data", "scale", "centre"),
+    ("mixture", "data", "scale", "center"),
     [
         (oracle.checkerboard(), Checkerboard(4000), 1.0, (0.0, 0.0)),
         (oracle.moons(), Moons(4000, noise=0.06), 1.6, (0.5, 0.25)),
     ],
     ids=["checkerboard", "moons"],
 )
-def test_drawn_mixtures_are_the_data_sets_in_smooth(mixture, data, scale, centre):
-    points = scale * (data.dataset("train").batch(range(4000))[0] - torch.tensor(centre))
+def test_drawn_mixtures_are_the_data_sets_in_smooth(mixture, data, scale, center):
+    points = scale * (data.dataset("train").batch(range(4000))[0] - torch.tensor(center))
     samples = mixture.sample(4000, torch.Generator().manual_seed(0))
     assert sliced_wasserstein(samples, points) < 0.1
     assert sliced_wasserstein(samples, 1.2 * points) > 0.15

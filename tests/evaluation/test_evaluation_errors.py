@@ -29,7 +29,7 @@ def test_pictures_that_are_not_comparable_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"tall.png is 8x9 pixels, and the data 8x8"):
         read_images(str(folder), (1, 8, 8))
     Image.new("RGB", (8, 8), "red").save(folder / "tall.png")
-    with pytest.raises(ValueError, match=r"tall.png is in colour, and the data are grey"):
+    with pytest.raises(ValueError, match=r"tall.png is in color, and the data are gray"):
         read_images(str(folder), (1, 8, 8)).batch(range(3))
     assert read_images(str(folder), (3, 8, 8)).batch([2])[0][0, :, 0, 0].tolist() == [255, 0, 0]
     (folder / "tall.png").write_bytes(b"no picture")

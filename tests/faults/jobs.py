@@ -147,7 +147,7 @@ class Job:
 
 
 def assert_same_training(a: dict[str, Any], b: dict[str, Any]) -> None:
-    """That two checkpoints hold the same weights, averages, optimiser and progress, in every bit."""
+    """That two checkpoints hold the same weights, averages, optimizer and progress, in every bit."""
     assert a["images_seen"] == b["images_seen"]
     assert a["global_step"] == b["global_step"]
     assert same(a["state_dict"], b["state_dict"])

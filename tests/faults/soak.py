@@ -87,6 +87,6 @@ if __name__ == "__main__":
     shutil.rmtree(scratch)
     print(
         f"soak: {options.kills} kills of {options.ranks} process(es), {seen.early} of them while starting; final "
-        f"weights, averages and optimiser equal to the uninterrupted run's; at most {seen.most_lost} steps lost, with "
+        f"weights, averages and optimizer equal to the uninterrupted run's; at most {seen.most_lost} steps lost, with "
         f"a checkpoint every {INTERVAL}; {time.monotonic() - started:.0f} s"
     )

@@ -90,13 +90,13 @@ def test_both_files_of_the_same_weights_give_the_same_features(small, tmp_path):
     assert meta.fingerprint == timm.fingerprint
 
 
-def test_grey_is_repeated_and_batches_do_not_matter(small, tmp_path):
+def test_gray_is_repeated_and_batches_do_not_matter(small, tmp_path):
     features = DINOv2Features(saved(tmp_path / "dinov2.pth", meta_state()))
-    grey = pictures()[:, :1].repeat(9, 1, 1, 1)  # more than a chunk
-    found = features(grey)
-    torch.testing.assert_close(found[:2], features(grey[:2].repeat(1, 3, 1, 1)))
+    gray = pictures()[:, :1].repeat(9, 1, 1, 1)  # more than a chunk
+    found = features(gray)
+    torch.testing.assert_close(found[:2], features(gray[:2].repeat(1, 3, 1, 1)))
     torch.testing.assert_close(found[16:], found[:2])
-    with pytest.raises(ValueError, match="grey or RGB images, got 2 channels"):
+    with pytest.raises(ValueError, match="gray or RGB images, got 2 channels"):
         features(pictures()[:, :2])
 
 

@@ -188,12 +188,12 @@ def test_an_inception_network_of_other_weights_is_refused(nowhere, monkeypatch):
 
 
 @needs_weights
-def test_inception_leaves_the_global_generator_alone_and_repeats_grey():
+def test_inception_leaves_the_global_generator_alone_and_repeats_gray():
     state = torch.get_rng_state()
     features = InceptionFeatures().to("cpu")
     assert torch.equal(torch.get_rng_state(), state)
     assert (features.name, features.preprocessing, features.dimension) == ("inception", "tf1resize", 2048)
-    grey = noise(2, channels=1, size=32)
-    torch.testing.assert_close(features(grey), features(grey.repeat(1, 3, 1, 1)))
-    with pytest.raises(ValueError, match="grey or RGB images, got 4 channels"):
+    gray = noise(2, channels=1, size=32)
+    torch.testing.assert_close(features(gray), features(gray.repeat(1, 3, 1, 1)))
+    with pytest.raises(ValueError, match="gray or RGB images, got 4 channels"):
         features(noise(2, channels=4))

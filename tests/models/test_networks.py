@@ -96,7 +96,7 @@ def test_every_input_matters_and_every_weight_learns(make, shape):
 
 @pytest.mark.parametrize("channels", [16, 32, 48, 128])
 def test_even_the_widest_level_sees_time_and_label(channels):
-    """With one channel per group, normalisation would take out again what the embedding adds to a channel."""
+    """With one channel per group, normalization would take out again what the embedding adds to a channel."""
     net = awake(UNet(IMAGE, 5, channels, multipliers=(1,), blocks=1, attention=(), head_channels=16))
     x, t = batch(IMAGE)
     labels = torch.tensor([0, 1, 4, 5])
@@ -107,7 +107,7 @@ def test_even_the_widest_level_sees_time_and_label(channels):
     assert all(m.num_groups == 32 for m in norms if channels == 128)
 
 
-def test_a_description_keeps_the_groups_of_normalisation(monkeypatch):
+def test_a_description_keeps_the_groups_of_normalization(monkeypatch):
     """Weights of another grouping have the same shapes: loaded into it, they would sample noise without an error."""
     description = describe(UNet(IMAGE, channels=16, multipliers=(1,), blocks=1, attention=(), head_channels=16))
     monkeypatch.setattr("fmlit.models.unet._norm_groups", lambda channels: 16)  # should the rule ever change

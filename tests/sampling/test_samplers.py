@@ -205,7 +205,7 @@ def test_labels_and_their_absence():
     model, sampler = oracle_model(CLASSES, CondOTPath()), ODESampler(steps=40)
     for k in range(2):
         labels = torch.full((64,), k)
-        assert error(sampler, model, CLASSES[k], labels) < 0.01  # off centre, which noise of sigma 80 does not know
+        assert error(sampler, model, CLASSES[k], labels) < 0.01  # off center, which noise of sigma 80 does not know
         # scale 0 leaves the unconditional field
         assert error(ODESampler(steps=40, guidance=0.0), model, MIXTURE, labels) < 0.003
     assert error(sampler, model, MIXTURE) < 0.003

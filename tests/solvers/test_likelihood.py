@@ -140,7 +140,7 @@ def test_inference_mode_and_no_grad_give_the_same(divergence):
         torch.testing.assert_close(log_prob, expected, rtol=0, atol=0)
 
 
-def test_dequantised_levels_are_uniform_around_their_grey_value():
+def test_dequantised_levels_are_uniform_around_their_gray_value():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(100, 1, 16, 16)
     values = dequantize(images, generator())
     offsets = (values - from_uint8(images)).double() / LEVEL + 0.5
@@ -156,7 +156,7 @@ def test_a_uniform_density_needs_eight_bits():
 
 
 @pytest.mark.parametrize("std", [0.01, 0.2])
-def test_bits_per_dimension_bound_those_of_the_grey_levels(std):
+def test_bits_per_dimension_bound_those_of_the_gray_levels(std):
     """Against the exact probability of each level under a Gaussian density; tight where it is wide beside a level."""
     law = torch.distributions.Normal(torch.tensor(0.1, dtype=torch.float64), std)
     n = 4000

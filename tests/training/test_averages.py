@@ -49,7 +49,7 @@ class Seen(pl.Callback):
 
 
 def driven(ema: EMA, values: list[float], size: int, dtype: torch.dtype = torch.float32) -> list[float]:
-    """The average after each optimiser step, for steps of ``size`` images that set the weights to these values."""
+    """The average after each optimizer step, for steps of ``size`` images that set the weights to these values."""
     module, trainer = digits_module(), SimpleNamespace(global_step=0)
     module.model.net.to(dtype)
     ema.setup(trainer, module, "fit")

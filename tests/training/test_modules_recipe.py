@@ -113,7 +113,7 @@ def test_channels_last_trains_saves_and_exports(tmp_path):
 
 
 def test_a_memory_format_that_is_new_at_a_resume(tmp_path):
-    """The optimiser's state follows its parameters: fused kernels compare strides on GPUs."""
+    """The optimizer's state follows its parameters: fused kernels compare strides on GPUs."""
     net = partial(tiny_unet, dropout=0.0)
     formats = [Execution(channels_last=last) for last in (False, False, True)]
     whole, first, second = (digits_module(net=net, execution=execution) for execution in formats)

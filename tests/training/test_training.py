@@ -46,7 +46,7 @@ def everything(folder: Path, **arguments) -> list[pl.Callback]:
 
 
 def assert_same_end(a: tuple[pl.Trainer, GenerativeModule], b: tuple[pl.Trainer, GenerativeModule]) -> None:
-    """Weights, averages, optimiser, learning rate and clock agree in every bit."""
+    """Weights, averages, optimizer, learning rate and clock agree in every bit."""
     (trainer, module), (other_trainer, other) = a, b
     assert same(weights(module), weights(other))
     optimizers = [t.optimizers[0].state_dict() for t in (trainer, other_trainer)]
@@ -173,7 +173,7 @@ def test_a_checkpoint_becomes_the_model_that_was_trained(tmp_path):
 
 
 class Norms(pl.Callback):
-    """The norm of all gradients before clipping, of those that the optimiser saw, and what is left after the step."""
+    """The norm of all gradients before clipping, of those that the optimizer saw, and what is left after the step."""
 
     def __init__(self) -> None:
         self.before: list[float] = []
