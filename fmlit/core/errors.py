@@ -20,13 +20,35 @@ class LostProcessError(RuntimeError):
     """Another process has ended or cannot be reached. Commands end with exit code 1: it is worth another try."""
 
 
+class LeaseLostError(RuntimeError):
+    """Another launch owns the run folder now. Commands end with exit code 76: the other one goes on."""
+
+
+class TryAgainError(RuntimeError):
+    """Something that may well be different at another time. Commands end with exit code 75."""
+
+
 MISTAKES = (UserError, FileNotFoundError)
+ENDINGS = {LeaseLostError: 76, TryAgainError: 75, LostProcessError: 1, UserError: 2, FileNotFoundError: 2}  # exit codes
 INTERRUPTED = 130  # the exit code that shells report for Ctrl-C
 
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or the name of its class if it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def kind_of(error: BaseException) -> str:
+    """A name for other processes of what an error means, for ``from_rank``."""
+    if isinstance(error, MISTAKES):
+        return UserError.__name__
+    return next((kind.__name__ for kind in (LeaseLostError, TryAgainError) if isinstance(error, kind)), "")
+
+
+def from_rank(rank: int, message: str, kind: str) -> Exception:
+    """The error of another rank, of the kind that ``kind_of`` has named there."""
+    kinds = {known.__name__: known for known in (UserError, LeaseLostError, TryAgainError)}
+    return kinds.get(kind, RuntimeError)(f"rank {rank}: {message}")
 
 
 def original_message(message: str, kind: type[BaseException]) -> str:

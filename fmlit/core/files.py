@@ -5,13 +5,35 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from fmlit.core.errors import FileError, UserError
 from fmlit.core.processes import ProcessGroup
+
+
+def expand(path: str | Path, option: str = "") -> Path:
+    """A path as the user wrote it, with ``~`` and ``$VAR`` expanded as a shell does it.
+
+    An existing file may have such characters in its name.
+
+    Args:
+        path: the path.
+        option: names the path in messages.
+
+    Raises:
+        UserError: a variable or a user is unknown, or the path is a URL.
+    """
+    given, named = str(path), f"{option}: " if option else ""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
+        raise UserError(f"{named}{given} is a URL: give a local path")
+    expanded = os.path.expanduser(os.path.expandvars(given))
+    unknown = re.search(r"\$\w+|\$\{\w+\}", expanded) or re.match(r"~[^/]*", expanded)
+    if unknown and not os.path.lexists(given):
+        raise UserError(f"{named}{unknown[0]} in {given} is unknown; set it, or write the path out")
+    return Path(expanded)
 
 
 @contextmanager
@@ -27,16 +49,63 @@ def file_errors(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+_guards: dict[Path, Callable[[], None]] = {}  # by folder
+
+
+def guard(folder: Path, check: Callable[[], None]) -> None:
+    """Call ``check`` before each change of a file in the folder. It raises if this process may not change it."""
+    _guards[folder] = check
+
+
+def unguard(folder: Path) -> None:
+    _guards.pop(folder, None)
+
+
+def check_owner(path: Path) -> None:
+    """Raise what the guard of a folder raises, where the file is in one.
+
+    Who appends to a file opens it before this call, and who removes one opens its folder. A process that is stopped
+    between the call and the change then changes what it has opened, even if that has been replaced in the meantime.
+    """
+    if _guards:
+        folder = path.parent.resolve()
+        for guarded, check in list(_guards.items()):
+            if folder.is_relative_to(guarded):
+                check()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there and this process owns its folder."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        check_owner(path)
+        with suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
+def move(temporary: Path, path: Path) -> None:
+    """Replace ``path`` by a file that has just been written, if this process owns the folder."""
+    check_owner(path)
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        check_owner(path)  # a new owner has removed it
+        raise
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Atomically replace ``path`` when the block ends. If the block fails, ``path`` stays as it was."""
+    check_owner(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # a move is atomic only within a folder
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        move(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # makes the move durable
@@ -115,7 +184,7 @@ def new_file(path: str, *endings: str) -> Path:
         UserError: the path does not end in one of ``endings``.
         FileError: the folder cannot be created or written.
     """
-    file = Path(path)
+    file = expand(path)
     if file.suffix.lower() not in endings:
         raise UserError(f"{path} must end in {' or '.join(endings)}")
     with file_errors(path):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fmlit.core.errors import MISTAKES, UserError
+from fmlit.core.errors import from_rank, kind_of
 
 T = TypeVar("T")
 
@@ -64,19 +64,19 @@ class ProcessGroup:
         Raises:
             UserError: on the ranks that did not fail, where another rank raised a UserError or misses a file; the
                 message names that rank and why.
-            RuntimeError: the same, for any other error.
+            RuntimeError: the same, for any other error; a lost lease stays one.
         """
         failure: Exception | None = None
         try:
             yield
         except Exception as error:
             failure = error
-        reports = self.gather_objects(None if failure is None else (str(failure), isinstance(failure, MISTAKES)))
+        reports = self.gather_objects(None if failure is None else (str(failure), kind_of(failure)))
         if failure is not None:
             raise failure
         for rank, report in enumerate(reports):
             if report is not None:
-                raise (UserError if report[1] else RuntimeError)(f"rank {rank}: {report[0]}")
+                raise from_rank(rank, *report)
 
     def from_first(self, produce: Callable[[], T]) -> T:
         """What ``produce()`` returns on rank 0, on every rank."""

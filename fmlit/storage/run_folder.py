@@ -49,6 +49,11 @@ class RunFolder(os.PathLike[str]):
         """The folder of the pictures that are drawn during training."""
         return self.path / "samples"
 
+    def next_drawing(self) -> Path:
+        """A new file for a picture that ``sample`` draws: samples/drawn-001.png, drawn-002.png, and so on."""
+        stems = [file.stem.rpartition("-")[2] for file in self.samples.glob("drawn-*.png")]
+        return self.samples / f"drawn-{max([int(stem) for stem in stems if stem.isdecimal()], default=0) + 1:03d}.png"
+
     @property
     def evaluation(self) -> Path:
         """The folder of the scores that ``evaluate`` computes."""
@@ -113,11 +118,11 @@ class RunFolder(os.PathLike[str]):
         record = self.read_record()
         self.write_record(record | {"launches": [*record.get("launches", []), launch]})
 
-    def wandb_id(self) -> str:
-        """The id of the W&B run: generated once, kept in the record, and the same after every resume. For rank 0."""
+    def wandb_id(self, new: str | None = None) -> str:
+        """The id of the W&B run: ``new`` or generated, kept in the record, the same after every resume. For rank 0."""
         record = self.read_record()
         if "wandb_id" not in record:
-            record["wandb_id"] = uuid.uuid4().hex[:12]
+            record["wandb_id"] = new or uuid.uuid4().hex[:12]
             self.write_record(record)
         return record["wandb_id"]
 
@@ -181,20 +186,3 @@ def _number(path: Path, name: str) -> int:
     """1 for ``name``, 2 for ``name-002``, and so on; 0 for any other folder."""
     match = re.fullmatch(rf"{re.escape(name)}(?:-(\d{{3,}}))?", path.name)
     return int(match[1] or 1) if match else 0
-
-
-def expand_root(root: str, option: str = "runs") -> Path:
-    """A folder as the user wrote it, with ``~`` and ``$VAR`` expanded as a shell does it.
-
-    Lightning expands ``~`` on its own. A path that is expanded here, once, is the same folder for both.
-
-    Raises:
-        UserError: a variable or a user is unknown, or ``root`` is a URL.
-    """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", root):
-        raise UserError(f"{option}: {root} is a URL, and runs need a local folder; give its path")
-    expanded = os.path.expanduser(os.path.expandvars(root))
-    if unknown := re.search(r"\$\w+|\$\{\w+\}", expanded) or re.match(r"~[^/]*", expanded):
-        raise UserError(f"{option}: {unknown[0]} in {root} is unknown; set it, or write the path out")
-    path = Path(expanded)
-    return path.absolute() if str(path).startswith("~") else path  # of ./~, whose dot a Path drops

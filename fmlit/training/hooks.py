@@ -32,6 +32,9 @@ class EveryImages(Callback):
 
     The interval is in images, so that a recipe means the same for any batch size. An error on one rank ends all of
     them, and names the cause. ``seconds`` is the time spent so far.
+
+    Checkpoints are saved before the other actions of a step, and remember which of these were still to come. A run that
+    is resumed from there makes up for what an interruption has cut short.
     """
 
     def __init__(self, every: int | None) -> None:
@@ -41,17 +44,40 @@ class EveryImages(Callback):
         self.seconds = 0.0
         self._acted_at = 0
 
+    def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._acted_at = pl_module.images_seen  # an earlier fit does not count; a checkpoint is loaded after this
+
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         raise NotImplementedError
 
+    def was_done(self, trainer: pl.Trainer, module: GenerativeModule) -> bool:
+        """Whether an earlier launch of this run has acted at this very step. All ranks call it."""
+        return False
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
-        self._acted_at = pl_module.images_seen
+        self._make_up(trainer, pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
+        self._make_up(trainer, pl_module)  # where nothing is left to train, which Lightning never starts
+
+    def _make_up(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
+        """Act now if that was due at the step at which this run was interrupted."""
+        if self.every is None or module.images_seen <= self._acted_at:
+            return
+        if self._is_due(trainer, module) and not self.was_done(trainer, module):
+            self._act_now(trainer, module)
+        self._acted_at = module.images_seen
+
+    def _is_due(self, trainer: pl.Trainer, module: GenerativeModule) -> bool:
+        assert self.every is not None
+        passed = module.images_seen // self.every > self._acted_at // self.every
+        return passed or trainer.global_step == trainer.max_steps
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: GenerativeModule, *_: Any) -> None:
         if self.every is None or is_accumulating(trainer):  # a checkpoint would fall between two steps
             return
-        passed = pl_module.images_seen // self.every > self._acted_at // self.every
-        if passed or trainer.global_step == trainer.max_steps:
+        if self._is_due(trainer, pl_module):
             self._act_now(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
@@ -59,9 +85,15 @@ class EveryImages(Callback):
             self._act_now(trainer, pl_module)
 
     def _act_now(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
-        self._acted_at = module.images_seen
         with self._pause(module):
             self.act(trainer, module)
+        self._acted_at = module.images_seen
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"acted_at": self._acted_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._acted_at = state_dict["acted_at"]
 
     @contextlib.contextmanager
     def _pause(self, module: GenerativeModule) -> Iterator[None]:

@@ -2,35 +2,58 @@
 
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from fmlit.storage.lease import Terms, hold
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.rendezvous import agree, connect, find_meeting
 
 
-def begin(root: str | Path, name: str, resume: bool | Literal["auto"] = False) -> tuple[RunFolder, bool]:
+def begin(
+    root: str | Path,
+    name: str,
+    resume: bool | Literal["auto"] = False,
+    own: RunFolder | None = None,
+    terms: Terms = Terms(),
+) -> tuple[RunFolder, bool]:
     """Choose the run folder of this launch. Rank 0 decides for all processes, and each calls this before all else.
 
     A requeued Slurm job and a torchrun restart come back to their folder as a resumed run. Otherwise ``resume``
     continues the newest run of that name ("auto": if there is one), and without it a new folder is claimed.
 
+    Args:
+        root: the folder of all runs.
+        name: the name of the run.
+        resume: whether to continue a run.
+        own: the run that is meant if one is continued, whatever other runs have its name.
+        terms: how its lease is taken.
+
     Returns:
-        The folder, and whether this launch continues what is in it.
+        The folder, and whether this launch continues what is in it. Rank 0 holds its lease.
+
+    Raises:
+        TryAgainError: another launch works in the folder.
     """
-    folder, resumed = agree(lambda: _choose(root, name, resume))
+    patience = 300.0 + terms.expiry_s + terms.wait_s
+    folder, resumed = agree(lambda: _choose(root, name, resume, own, terms), patience)
     return RunFolder(Path(folder)), resumed
 
 
-def _choose(root: str | Path, name: str, resume: bool | Literal["auto"]) -> tuple[str, bool]:
+def _choose(
+    root: str | Path, name: str, resume: bool | Literal["auto"], own: RunFolder | None, terms: Terms
+) -> tuple[str, bool]:
     launch, restarted = _identify_launch()
-    runs = RunFolder.named(root, name)
+    runs = [own] if own and resume else RunFolder.named(root, name)
     if restarted:
         for folder in reversed(runs):
             if launch in folder.read_record().get("launches", []):
+                hold(folder, replace(terms, launch=launch, restarted=True))
                 return str(folder), True
     resume = bool(runs) if resume == "auto" else resume
-    folder = RunFolder.newest(root, name) if resume else RunFolder.claim(root, name)
+    folder = (own or RunFolder.newest(root, name)) if resume else RunFolder.claim(root, name)
+    hold(folder, replace(terms, launch=launch))
     if launch:
         folder.add_launch(launch)
     return str(folder), resume

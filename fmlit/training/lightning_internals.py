@@ -32,6 +32,19 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
     return trainer.fit_loop._should_accumulate()
 
 
+def restart_accumulation(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Let a run that is resumed with another ``accumulate_grad_batches`` start with a whole optimizer step.
+
+    Lightning counts batches, and a step is due where their number is a multiple of ``accumulate_grad_batches``. Every
+    checkpoint follows a step, so the number becomes that of the steps times the batches of a step. Delete once
+    Lightning restores the number of steps and not of batches.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    missing = checkpoint["global_step"] * accumulate - progress["current"]["ready"]
+    for counts in (progress["current"], progress["total"]):
+        counts.update({name: count + missing for name, count in counts.items()})
+
+
 def skip_signal_broadcast(trainer: Any) -> None:
     """Stop Lightning from broadcasting a flag in every step, with a wait for the device.
 

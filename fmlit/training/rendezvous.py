@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import TCPStore
 
-from fmlit.core.errors import MISTAKES, UserError, first_line
+from fmlit.core.errors import UserError, first_line, from_rank, kind_of
 
 _calls = itertools.count()
 _hosted: list[TCPStore] = []  # rank 0's stores: the process group goes on with the server, so it must stay alive
@@ -106,7 +106,7 @@ def _listen(store: TCPStore, key: str, rank: int, timeout_s: float) -> Any:
     except RuntimeError as error:
         raise UserError(f"rank {rank} heard nothing from rank 0 ({first_line(error)}); look at its output") from error
     if "error" in answer:
-        raise (UserError if answer["mistake"] else RuntimeError)(f"rank 0: {answer['error']}")
+        raise from_rank(0, answer["error"], answer["kind"])
     return answer["value"]
 
 
@@ -120,7 +120,7 @@ def _announce(store: TCPStore, key: str, decide: Callable[[], Any], world_size: 
     try:
         answer: dict[str, Any] = {"value": decide()}
     except Exception as error:
-        failure, answer = error, {"error": first_line(error), "mistake": isinstance(error, MISTAKES)}
+        failure, answer = error, {"error": first_line(error), "kind": kind_of(error)}
     leader = uuid.uuid4().hex
     said = f"{key}/{leader}"
     store.set(said, json.dumps(answer))

@@ -1,16 +1,20 @@
 """Where a run starts: anew, with the weights of another run, or where it was interrupted; and whether these fit."""
 
 import inspect
+import logging
 import pydoc
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fmlit.core.errors import UserError
 from fmlit.storage.checkpoints import load as load_checkpoint, newest_valid
-from fmlit.storage.descriptions import describe
+from fmlit.storage.descriptions import check_tensors, class_paths, describe
 from fmlit.storage.loading import find_model, load
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.modules import GenerativeModule
+
+log = logging.getLogger(__name__)
 
 MOST_DIFFERENCES = 3
 COUPLED = "model.coupled"  # how noise and data are coupled may change in the course of a run
@@ -43,13 +47,21 @@ def find_start(folder: RunFolder, module: GenerativeModule, required: bool) -> S
         return Start()
     path = newest_valid(folder.checkpoints)
     checkpoint = load_checkpoint(path)
+    try:
+        class_paths(checkpoint.get("model_description"))
+        check_tensors(checkpoint.get("state_dict"))
+        step, images = int(checkpoint["global_step"]), int(checkpoint["images_seen"])
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:  # it may hold anything
+        raise UserError(f"{path} is no checkpoint of fmlit: {error}; start a new run without --resume") from error
     differences = list(_differences(checkpoint.get("model_description"), describe(module.model), "model"))
     differences = differences or list(_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())))
-    differences = differences or list(_differences(checkpoint["optimizer"], module.optimizer.kind, "model.optimizer"))
+    differences = differences or list(
+        _differences(checkpoint.get("optimizer"), module.optimizer.kind, "model.optimizer")
+    )
     if differences:
         remedy = f"resume with the configuration in {folder.config}, or start a new run without --resume"
         raise UserError(f"{_listed(differences)}: {path} holds another model; {remedy}")
-    return Start(str(path), int(checkpoint["global_step"]), int(checkpoint["images_seen"]))
+    return Start(str(path), step, images)
 
 
 def take_weights(path: str, module: GenerativeModule) -> None:
@@ -70,13 +82,17 @@ def take_weights(path: str, module: GenerativeModule) -> None:
     trust = [parts[name]["class_path"].rpartition(".")[0] for name in ("net", "path", "prediction")]
     try:
         found = find_model(path, "start_from")
-        weights = load(found, trust=trust).net.state_dict()
+        model = load(found, trust=trust)
+        weights = model.net.state_dict()
     except (FileNotFoundError, UserError) as error:
         raise UserError(f"start_from: {error}") from error
     if differences := list(_differences(_shapes(weights), _shapes(module.model.net.state_dict()))):
         problem = f"{_listed(differences)}: {found} holds another network"
         remedy = "give model.net the arguments that it was trained with, on data with as many classes"
         raise UserError(f"start_from: {problem}; {remedy}, or start without it")
+    there, here = model.class_names, module.model.class_names
+    if there and here and there != here:
+        log.warning("start_from: the classes of %s are %s, and are now %s", found, _shorten(there), _shorten(here))
     module.model.net.load_state_dict(weights)
 
 
@@ -93,7 +109,7 @@ def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
             inner = key if name == "init_args" else f"{key}.{name}".strip(".")
             yield from _differences(there.get(name, "nothing"), here.get(name, "nothing"), inner)
     elif _plain(there) != _plain(here) and key != COUPLED:
-        yield f"{key} ({_plain(there)} there, {_plain(here)} here)"
+        yield f"{key[:200]} ({_shorten(_plain(there))} there, {_shorten(_plain(here))} here)"
 
 
 def _completed(there: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -117,6 +133,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return value.get("class_path", dict(value))
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _shorten(value: Any) -> str:
+    """A value in a message. Names of classes are listed without quotes."""
+    if isinstance(value, list | tuple) and value and all(isinstance(item, str) for item in value):
+        value = f"[{', '.join(value)}]"
+    return textwrap.shorten(str(value), 300, placeholder=" ...")
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:

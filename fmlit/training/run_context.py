@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from fmlit.data.data_module import DataModule
@@ -76,10 +77,16 @@ class RunContext:
         return self.averages.model(self.module)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Write metrics to every logger, with ``images_seen`` beside them.
+        """Write metrics to every logger, with ``images_seen`` beside them, and show them to Lightning's callbacks.
 
         Not through ``module.log``: its float32 would round the count beyond 16.7 million images, and it writes only at
         steps of its own.
         """
         for logger in self.trainer.loggers:
             logger.log_metrics({**metrics, "images_seen": self.module.images_seen}, step=self.trainer.global_step)
+        shown = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+        self.trainer.callback_metrics.update(shown)
+        for callback in self.trainer.early_stopping_callbacks:
+            if callback.monitor in metrics:
+                # Lightning looks only at the end of an epoch, and a run is one endless epoch.
+                callback.on_train_epoch_end(self.trainer, self.module)

@@ -37,7 +37,7 @@ def describe_run(
     steps, batch = trainer.max_steps, data.batch_size
     return (
         f"{folder}: {type(module).__name__}, {type(model.path).__name__}, "
-        f"{type(model.net).__name__} of {parameters:,} parameters on {type(data).__name__}; "
+        f"{type(model.net).__name__} of {parameters:,} parameters on {data.title}; "
         f"{start.images + max(0, steps - start.step) * batch:,} images in {steps:,} steps of {batch}"
         + (f"; starts from the weights in {start.weights}" if start.weights else "")
         + (f"; resumed after {start.step:,} steps, {start.checkpoint}" if start.checkpoint else "")

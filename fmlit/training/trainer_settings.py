@@ -87,6 +87,26 @@ def check_launcher(trainer: pl.Trainer) -> None:
         raise UserError("strategy ddp_spawn, ddp_fork and ddp_notebook train in copies of this process: use ddp")
 
 
+# Callbacks of Lightning that would change what a recipe says behind its back, or do again what fmlit does.
+REPLACED_CALLBACKS = {
+    "GradientAccumulationScheduler": "set trainer.accumulate_grad_batches, which stays the same throughout a run",
+    "BatchSizeFinder": "set data.batch_size",
+    "LearningRateFinder": "set model.optimizer.learning_rate",
+    "WeightAveraging": "fmlit averages the weights itself, see ema",
+    "StochasticWeightAveraging": "fmlit averages the weights itself, see ema",
+    "ModelCheckpoint": "fmlit saves checkpoints itself, see checkpoint",
+    "Timer": "set trainer.max_time",
+}
+
+
+def check_callbacks(callbacks: Sequence[pl.Callback]) -> None:
+    """Raise a UserError for callbacks of Lightning that do not go together with fmlit's own, or their subclasses."""
+    for callback in callbacks:
+        for cls in type(callback).__mro__:
+            if cls.__module__.startswith("lightning.") and (instead := REPLACED_CALLBACKS.get(cls.__name__)):
+                raise UserError(f"trainer.callbacks: {type(callback).__name__} cannot be used here; {instead}")
+
+
 def check_trainer(given: Mapping[str, Any]) -> None:
     """Raise a UserError for settings of a Trainer that no run can have."""
     if given["max_steps"] < 1 and given["max_steps"] != -1:

@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from fmlit.core.errors import FileError, UserError
-from fmlit.storage.run_folder import RunFolder, expand_root
+from fmlit.core.errors import FileError
+from fmlit.storage.run_folder import RunFolder
 from fmlit.training import rendezvous
 from fmlit.training.launch import begin
 from fmlit.training.rendezvous import agree
@@ -217,22 +217,13 @@ def test_saved_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
     assert run.has_checkpoints()
 
 
-def test_a_root_means_what_a_shell_means_by_it(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("SCRATCH", "/scratch/me")
-    monkeypatch.delenv("NOWHERE", raising=False)
-    monkeypatch.chdir(tmp_path)
-    assert expand_root("runs") == Path("runs")
-    assert expand_root("~/runs") == expand_root("$HOME/runs") == tmp_path / "runs"
-    assert expand_root("${SCRATCH}/runs") == Path("/scratch/me/runs")
-    assert expand_root("./~/runs") == tmp_path / "~" / "runs"  # a folder of that name, which Lightning must not expand
-    for root, message in {
-        "$NOWHERE/runs": r"runs: \$NOWHERE in \$NOWHERE/runs is unknown",
-        "~nobody-of-that-name/runs": "runs: ~nobody-of-that-name in ~nobody-of-that-name/runs is unknown",
-        "s3://bucket/runs": "runs: s3://bucket/runs is a URL, and runs need a local folder",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            expand_root(root)
+def test_drawings_are_numbered(tmp_path):
+    run = RunFolder(tmp_path)
+    assert run.next_drawing() == tmp_path / "samples" / "drawn-001.png"
+    run.samples.mkdir()
+    for name in ("drawn-001.png", "drawn-1234.png", "drawn-cats.png", "000064000.png"):
+        (run.samples / name).touch()
+    assert run.next_drawing().name == "drawn-1235.png"
 
 
 # --- coming back

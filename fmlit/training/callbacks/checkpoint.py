@@ -3,6 +3,8 @@
 import itertools
 import logging
 import os
+import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,6 +12,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 
 from fmlit.core.errors import FileError, UserError
+from fmlit.core.files import check_owner, move
 from fmlit.core.processes import ProcessGroup
 from fmlit.storage.descriptions import describe
 from fmlit.storage.run_folder import RunFolder
@@ -37,7 +40,7 @@ class Checkpoint(EveryImages):
         every: interval in training images; null for never.
         keep: number of checkpoints to keep.
         on_error: what to do about a full disk or a lost mount: "abort" the run, or warn and "continue" until the next
-            checkpoint is due, which risks all that is learned in between.
+            checkpoint is due, which risks all that is learned in between. The last checkpoint of a run must be saved.
         milestones: numbers of training images, increasing, at which a checkpoint is kept for good.
     """
 
@@ -54,10 +57,12 @@ class Checkpoint(EveryImages):
             raise UserError(f"checkpoint.milestones {rule}, got {list(milestones)}")
         self.keep, self.on_error, self.milestones = keep, on_error, tuple(milestones)
         self.newest: Path | None = None
+        self._failed = False  # the last save of the interval
         self._looked_at: int | None = None  # images seen when milestones were last looked for
 
     def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self.newest, self._failed, self._looked_at = None, False, None
         pl_module.run.checkpoints = self
 
     def save_now(self, trainer: pl.Trainer, module: GenerativeModule) -> Path | None:
@@ -66,18 +71,24 @@ class Checkpoint(EveryImages):
             self._act_now(trainer, module)
         return self.newest
 
+    def was_done(self, trainer: pl.Trainer, module: GenerativeModule) -> bool:
+        """It is the checkpoint that this run starts from."""
+        return True
+
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         folder = module.run.folder
-        if self._save(trainer, folder, folder.checkpoint(module.images_seen)) and trainer.is_global_zero:
+        self._acted_at = module.images_seen  # for the checkpoint itself, which a resumed run need not save again
+        self._failed = not self._save(trainer, folder, folder.checkpoint(module.images_seen))
+        if not self._failed and trainer.is_global_zero:
             saved = folder.saved_images()
             past = [images for images in saved if images <= module.images_seen]
             for images in saved:  # those ahead were left by a run that was resumed from before them
                 if images not in past[-self.keep :]:
                     trainer.strategy.remove_checkpoint(folder.checkpoint(images))
 
-    def _save(self, trainer: pl.Trainer, folder: RunFolder, path: Path) -> bool:
+    def _save(self, trainer: pl.Trainer, folder: RunFolder, path: Path, on_error: OnError | None = None) -> bool:
         """Save the newest checkpoint, and return whether that worked."""
-        saved = save(trainer, path, self.on_error)
+        saved = save(trainer, path, on_error or self.on_error)
         if saved:
             self.newest = path
             if trainer.is_global_zero:
@@ -112,10 +123,16 @@ class Checkpoint(EveryImages):
             with self._pause(module):
                 self._save(trainer, module.run.folder, module.run.folder.milestone(module.images_seen))
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self._failed:  # a run whose end is nowhere has not ended well
+            self._save(trainer, pl_module.run.folder, pl_module.run.folder.checkpoint(pl_module.images_seen), "abort")
+
     def state_dict(self) -> dict[str, Any]:
-        return {"looked_at": self._looked_at}
+        return {**super().state_dict(), "looked_at": self._looked_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self._looked_at = state_dict["looked_at"]
 
 
@@ -142,10 +159,19 @@ def save(trainer: pl.Trainer, path: Path, on_error: OnError) -> bool:
 
 
 def link(name: Path, target: Path) -> None:
-    """Atomically make ``name`` a relative symbolic link to ``target`` in the same folder."""
+    """Atomically make ``name`` a relative symbolic link to ``target`` in the same folder.
+
+    It is a hard link or a copy on a file system without symbolic links.
+    """
     if name.name == target.name:
         return  # the file itself has that name, as after a copy
-    part = name.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    part.symlink_to(target.name)
-    os.replace(part, name)
+    check_owner(name)
+    part = name.with_name(f".{name.name}.{uuid.uuid4().hex}.partial")
+    try:
+        part.symlink_to(target.name)
+    except OSError:
+        try:
+            os.link(target, part)
+        except OSError:
+            shutil.copy2(target, part)
+    move(part, name)
