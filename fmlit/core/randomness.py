@@ -1,7 +1,8 @@
 """Random draws that depend on what is drawn, and not on which process draws it, or when.
 
 * In training, every draw of a global batch comes from a generator keyed by ``(seed, images_seen, stream)``. Each rank
-  takes its slice. No generator state is saved, resuming is exact, and no two ranks or accumulated batches share noise.
+  takes its slice, and draws little more of the noise than that. No generator state is saved, resuming is exact, and no
+  two ranks or accumulated batches share noise.
 * In sampling, every image owns its noise, which is keyed by the seed of the image. So image i does not depend on its
   batch, on the number of processes, or on the device.
 """

@@ -1,7 +1,7 @@
-"""The two training losses: conditional flow matching and denoising score matching.
+"""The training losses: conditional flow matching, denoising score matching, and the regression that both are cases of.
 
-Each is a weighted regression. It takes a field, a path and the draws (z, eps, t). It returns one loss per sample, of
-shape (B,), averaged over the dimensions of a sample.
+Each takes a field, a path and the draws (z, eps, t). It returns one loss per sample, of shape (B,), averaged over the
+dimensions of a sample.
 
 References:
     Lipman et al. 2023, "Flow Matching for Generative Modeling", https://arxiv.org/abs/2210.02747
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fmlit.core.tensors import Field, check_like, expand_time
 from fmlit.flows.paths import GaussianPath
+from fmlit.flows.predictions import Prediction
 
 
 def flow_matching_loss(
@@ -68,6 +69,34 @@ def score_matching_loss(
     s = score(path.sample(z, eps, t), t)
     check_like(s, eps, "the score and eps")
     return _weighted_mean_square(expand_time(path.beta(t), eps) * s + eps, weight)
+
+
+def prediction_loss(
+    network: Field, prediction: Prediction, path: GaussianPath, z: Tensor, eps: Tensor, t: Tensor, weight: Tensor
+) -> Tensor:
+    """Regression on the prediction itself: ``w(t) |F(x_t, t) - target|^2``. Every module trains with this loss.
+
+    With ``prediction.flow_matching_weight(path, t)`` it is the conditional flow matching loss, and with
+    ``prediction.score_matching_weight(path, t)`` the denoising score matching loss. Both weights are bounded, so that
+    the loss of every prediction is finite and no time dominates it.
+
+    Args:
+        network: the output F at a point of the path, (x (B, *shape), t (B,)) -> (B, *shape).
+        prediction: what F predicts.
+        path: the Gaussian path.
+        z, eps: data and noise, (B, *shape).
+        t: times, (B,).
+        weight: w(t), (B,).
+
+    Returns:
+        The loss of each sample, (B,).
+
+    Raises:
+        UserError: the shapes do not match.
+    """
+    output = network(path.sample(z, eps, t), t)
+    check_like(output, z, "the output and z")
+    return _weighted_mean_square(output - prediction.target(path, z, eps, t), weight)
 
 
 def _weighted_mean_square(residual: Tensor, weight: Tensor | None) -> Tensor:

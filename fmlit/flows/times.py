@@ -20,7 +20,6 @@ from fmlit.flows.paths import GaussianPath, VPPath
 from fmlit.flows.predictions import PreconditionedVelocity, Prediction, Velocity
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # EDM's noise levels (table 1), for data of order 1
-TRAINING_MARGIN = 1e-3
 
 
 class Limits(NamedTuple):
@@ -31,16 +30,15 @@ class Limits(NamedTuple):
 
 
 def training_limits(path: GaussianPath, prediction: Prediction) -> Limits:
-    """The times at which the velocity loss is finite and has finite variance.
+    """The times at which the target and its loss are finite. They cover all times that a sampler visits by default.
 
-    A velocity network on a path with bounded derivatives needs no cut-off. The other cases do. On the VP path the
-    velocity diverges like (1 - t)^-1/2. Preconditioning divides by s, which vanishes at t = 0 on a polynomial path.
-    Every other prediction divides by alpha or beta when it is converted to a velocity or a score.
+    A velocity network on a path with bounded derivatives needs no cut-off. The other cases do, and get the noise levels
+    of sampling. On the VP path the velocity diverges like (1 - t)^-1/2. Preconditioning divides by s, which vanishes at
+    t = 0 on a polynomial path. Every other prediction divides by alpha or beta when it is converted.
     """
-    regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
-    weight = prediction.loss_weight(path, torch.tensor([0.0, 1.0]))
-    regular = regular and (weight is None or bool(torch.isfinite(weight).all()))
-    return Limits(0.0, 1.0) if regular else Limits(TRAINING_MARGIN, 1.0 - TRAINING_MARGIN)
+    ends = torch.tensor([0.0, 1.0])
+    regular = _is_regular(path, prediction) and bool((prediction.gains(path, ends).velocity > 0).all())
+    return Limits(0.0, 1.0) if regular else sigma_limits(path)
 
 
 def sampling_limits(
@@ -56,8 +54,13 @@ def sampling_limits(
     conversion to z, eps or the score, and stays where ``sigma_min <= beta / alpha <= sigma_max``. Every SDE is such a
     case, because it needs the score. A sampler that ends before t = 1 closes with one denoising step.
     """
-    regular = isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
-    return Limits(0.0, 1.0) if regular and not stochastic else sigma_limits(path, sigma_min, sigma_max)
+    regular = _is_regular(path, prediction) and not stochastic
+    return Limits(0.0, 1.0) if regular else sigma_limits(path, sigma_min, sigma_max)
+
+
+def _is_regular(path: GaussianPath, prediction: Prediction) -> bool:
+    """Whether the network's velocity is finite at every time."""
+    return isinstance(prediction, (Velocity, PreconditionedVelocity)) and not isinstance(path, VPPath)
 
 
 def sigma_limits(path: GaussianPath, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX) -> Limits:

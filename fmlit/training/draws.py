@@ -1,5 +1,6 @@
 """The random draws of a training step: noise, times, dropped labels, and which noise goes with which data point."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,16 @@ from fmlit.flows.couplings import Coupling, IndependentCoupling
 from fmlit.flows.times import Limits, TimeDistribution, UniformTime
 from fmlit.models.generative_model import GenerativeModel
 
+GRAIN = 32  # rows of a global batch that share a generator of noise
+
 
 @dataclass(frozen=True)
 class GlobalBatch:
     """A batch over all ranks, of which each rank holds a slice.
 
-    Draws are made for the whole batch from generators keyed by ``(seed, images_seen, stream)``, and each rank takes its
-    slice. So there is no state to save, and no two ranks share noise.
+    Times and dropped labels are drawn for the whole batch from generators keyed by ``(seed, images_seen, stream)``, and
+    each rank takes its slice. Noise is large. It has a generator for every ``GRAIN`` rows of the batch, and each rank
+    draws only the grains that it needs. So there is no state to save, and no two ranks share noise.
 
     Attributes:
         seed: seed of the run.
@@ -48,6 +52,15 @@ class GlobalBatch:
     def generator(self, stream: str) -> torch.Generator:
         """A generator that is the same on every rank."""
         return randomness.training_generator(self.seed, self.images_seen, stream, self.device)
+
+    def noise(self, shape: Sequence[int]) -> Tensor:
+        """This rank's rows of standard normal noise, (share, *shape)."""
+        first, end = self.mine.start // GRAIN * GRAIN, min(self.size, -(-self.mine.stop // GRAIN) * GRAIN)
+        noise = torch.empty(end - first, *shape, device=self.device)
+        for row in range(first, end, GRAIN):
+            grain = noise[row - first : row - first + GRAIN]
+            torch.randn(grain.shape, generator=self.generator(f"noise {row}"), out=grain)
+        return noise[self.mine.start - first :][: self.share]
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks, given those of this one. A collective call."""
@@ -82,7 +95,7 @@ class TrainingDraws:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draw this rank's noise (B, *shape) and times (B,) within the limits, and drop some of its labels (B,)."""
         mine, device = batch.mine, batch.device
-        eps = torch.randn(batch.size, *model.shape, generator=batch.generator("noise"), device=device)[mine]
+        eps = batch.noise(model.shape)
         t = self.time_distribution.sample(batch.size, batch.generator("time"), limits)[mine]
         if labels is not None and model.null_label is not None and self.label_drop > 0:
             dropped = torch.rand(batch.size, generator=batch.generator("labels"), device=device)[mine] < self.label_drop

@@ -6,19 +6,18 @@ from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from fmlit.core import randomness
 from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule
 from fmlit.flows.couplings import IndependentCoupling, transport_cost
 from fmlit.flows.loss_weights import LearnedLossWeight
-from fmlit.flows.losses import flow_matching_loss, score_matching_loss
+from fmlit.flows.losses import prediction_loss
 from fmlit.flows.paths import CondOTPath, GaussianPath, VPPath
 from fmlit.flows.predictions import Noise, Prediction, Score, Velocity
 from fmlit.flows.times import Limits, training_limits
@@ -26,7 +25,7 @@ from fmlit.models.compilation import CUDA_GRAPHS, Execution
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.descriptions import describe
 from fmlit.training.draws import GlobalBatch, TrainingDraws
-from fmlit.training.lightning_internals import attached_trainer, is_accumulating
+from fmlit.training.lightning_internals import attached_trainer, is_accumulating, restart_accumulation
 from fmlit.training.networks import NetworkFactory, build_network
 from fmlit.training.optimizers import AdamW, OptimizerConfig, match_state_strides, replace_saved_settings
 from fmlit.training.run_context import RunContext
@@ -80,7 +79,9 @@ class GenerativeModule(pl.LightningModule, ABC):
         execution.set_memory_format(network)
         self.seed = seed
         self.images_seen = 0
+        self._stepped_at = 0  # images seen before the current optimizer step
         self._ending = False
+        self._data_identity: dict[str, Any] | None = None
         self._run: RunContext | None = None
 
     @property
@@ -98,13 +99,17 @@ class GenerativeModule(pl.LightningModule, ABC):
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """The loss of each sample, (B,)."""
 
+    def _regression(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None, weight: Tensor) -> Tensor:
+        model = self.model
+        return prediction_loss(lambda x, t: model(x, t, labels), model.prediction, model.path, z, eps, t, weight)
+
     @cached_property
     def time_limits(self) -> Limits:
         """The times at which the loss is finite."""
         return training_limits(self.model.path, self.model.prediction)
 
     def on_fit_start(self) -> None:
-        self._ending = False
+        self._ending, self._stepped_at = False, self.images_seen
         self.zero_grad()  # an earlier fit may have been interrupted between accumulated batches
         if self.execution.compile in CUDA_GRAPHS and self.trainer.accumulate_grad_batches > 1:
             # The next graph would write over gradients that are still being summed.
@@ -112,7 +117,19 @@ class GenerativeModule(pl.LightningModule, ABC):
             raise UserError(f"model.execution.compile: {conflict}; choose max-autotune-no-cudagraphs or default")
         if self.run.data is not None:
             self._check_data(self.run.data)
+            self.name_classes(self.run.data)
+            self._recognize(self.run.data)
+        self.schedule.warn_of_long_warmup()
         self.execution.compile_net(self.model.net)
+        if self.device.type == "cuda":
+            # torch prefers cuDNN's attention on Hopper and Blackwell. Its backward pass in bfloat16 can return NaN, for
+            # example with 64 positions, an 8x8 feature map: https://github.com/pytorch/pytorch/issues/196678
+            torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def name_classes(self, data: DataModule) -> None:
+        """Give the model the class names of its data, which travel with it into checkpoints and exports."""
+        if self.model.num_classes is not None and data.class_names is not None:
+            self.model.class_names = tuple(data.class_names)
 
     def _check_data(self, data: DataModule) -> None:
         model = self.model
@@ -120,6 +137,16 @@ class GenerativeModule(pl.LightningModule, ABC):
             raise UserError(f"the network is for data of shape {model.shape}, and the data has {tuple(data.shape)}")
         if model.num_classes is not None and model.num_classes != data.num_classes:
             raise UserError(f"the network has {model.num_classes} classes, and the data {data.num_classes or 'none'}")
+
+    def _recognize(self, data: DataModule) -> None:
+        """Warn if a resumed run sees other training data than before. Rank 0 compares, and keeps what it saw."""
+        if not self.trainer.is_global_zero:
+            return
+        before, self._data_identity = self._data_identity, data.identity()
+        if before is not None and before != self._data_identity:
+            then, now = before.get("items"), self._data_identity["items"]
+            change = f"{then} items then, {now} now" if then != now else f"{now} items as then, but other contents"
+            rank_zero_warn(f"the training data have changed since this run was interrupted: {change}")
 
     def on_train_start(self) -> None:
         self.run.guard.to(self.device)
@@ -169,13 +196,21 @@ class GenerativeModule(pl.LightningModule, ABC):
         """The next batch over all ranks, each with ``share`` rows."""
         return GlobalBatch(self.seed, self.images_seen, share, self.global_rank, self.trainer.world_size, self.device)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> Optimizer:
         others = [] if self.loss_weight is None else [p for p in self.loss_weight.parameters() if p.requires_grad]
         # A gradient scaler and clipping do not go together with fused kernels.
         optimizer = self.optimizer.build(self.model.net, others, fused=not self._scaled)
-        # Keyed by images, not by steps: the recipe stays the same when the batch size changes.
-        scheduler = LambdaLR(optimizer, lambda _: self.schedule.factor(self.images_seen))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+        return optimizer
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Take the learning rate in the middle of the images of this step, so that the first step learns too."""
+        factor = self.schedule.factor((self._stepped_at + self.images_seen) / 2)
+        for group in optimizer.param_groups:
+            if "peak_lr" in group:  # not an optimizer of the user's own
+                group["lr"] = group["peak_lr"] * factor
+        self._stepped_at = self.images_seen
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -209,22 +244,27 @@ class GenerativeModule(pl.LightningModule, ABC):
         checkpoint["optimizer"] = self.optimizer.kind
         if self.run.data is not None:
             checkpoint["data_description"] = describe(self.run.data)
+            checkpoint["data_identity"] = self._data_identity
         if (averages := self.run.averages) is not None:
             # Not in the hook of that callback, which Lightning leaves out of checkpoints with save_weights_only.
             averages.update(self, self.global_step)
             checkpoint["ema"] = averages.averaged_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.images_seen = checkpoint["images_seen"]
+        self.images_seen, self._data_identity = checkpoint["images_seen"], checkpoint.get("data_identity")
+        restart_accumulation(checkpoint, self.trainer.accumulate_grad_batches)
         checkpoint.get("callbacks", {}).pop(Timer.__name__, None)  # trainer.max_time is that of each launch
         if type(self).configure_optimizers is GenerativeModule.configure_optimizers:  # not a user's own
             if (saved := checkpoint["optimizer"]) != self.optimizer.kind:
                 raise UserError(f"model.optimizer: the checkpoint was trained by {saved}, not {self.optimizer.kind}")
-            replace_saved_settings(checkpoint, self.configure_optimizers()["optimizer"])
+            replace_saved_settings(checkpoint, self.configure_optimizers())
 
 
 class FlowMatchingModule(GenerativeModule):
-    """Conditional flow matching: regression on the conditional velocity, whatever the network predicts.
+    """Conditional flow matching: regression on the conditional velocity.
+
+    A network that predicts something else is trained on that, with the weight that flow matching gives it, clipped
+    (``Prediction.flow_matching_weight``).
 
     From Python, with any Trainer::
 
@@ -234,15 +274,14 @@ class FlowMatchingModule(GenerativeModule):
     """
 
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        model = self.model
-        weight = model.prediction.loss_weight(model.path, t)
-        return flow_matching_loss(lambda x, t: model.velocity(x, t, labels), model.path, z, eps, t, weight)
+        return self._regression(z, eps, t, labels, self.model.prediction.flow_matching_weight(self.model.path, t))
 
 
 class ScoreMatchingModule(GenerativeModule):
     """Denoising score matching: regression on the conditional score, weighted by beta^2.
 
-    With ``prediction=Noise()``, the default, this is DDPM's noise regression. ``Score()`` trains a score network.
+    With ``prediction=Noise()``, the default, this is DDPM's noise regression. ``Score()`` trains a score network. A
+    network that predicts something else is trained on that (``Prediction.score_matching_weight``).
     The arguments are those of ``GenerativeModule``; the defaults of ``path`` and ``prediction`` differ.
     """
 
@@ -252,9 +291,8 @@ class ScoreMatchingModule(GenerativeModule):
         super().__init__(*args, path=path, prediction=prediction, **kwargs)  # type: ignore[misc]  # path is not in args
 
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        model = self.model
-        return score_matching_loss(lambda x, t: model.score(x, t, labels), model.path, z, eps, t)
+        return self._regression(z, eps, t, labels, self.model.prediction.score_matching_weight(self.model.path, t))
 
     @cached_property
     def time_limits(self) -> Limits:
-        return training_limits(self.model.path, Score())  # the loss passes through the score, whatever is predicted
+        return training_limits(self.model.path, Score())  # a sampler needs the score, whatever is predicted

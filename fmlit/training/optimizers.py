@@ -167,12 +167,10 @@ def match_state_strides(optimizer: Optimizer) -> None:
 
 
 def replace_saved_settings(checkpoint: dict[str, Any], optimizer: Optimizer) -> None:
-    """Overwrite the settings in a Lightning checkpoint, in place, by those of a new optimizer with its scheduler.
+    """Overwrite the settings in a Lightning checkpoint, in place, by those of a new optimizer.
 
     Otherwise ``load_state_dict`` would bring back the settings with which the checkpoint was saved.
     """
     for state in checkpoint.get("optimizer_states", []):
         for saved, current in zip(state["param_groups"], optimizer.param_groups, strict=True):
             saved.update({name: value for name, value in current.items() if name != "params"})
-    for state in checkpoint.get("lr_schedulers", []):
-        state["base_lrs"] = [group["initial_lr"] for group in optimizer.param_groups]

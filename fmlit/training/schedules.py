@@ -4,14 +4,19 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from fmlit.core.errors import UserError
 
+LONG_WARMUP = 1 / 4  # of a run
 Decay = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
     """The learning rate over a run: a linear warm-up from 0, a constant part, then the decay.
+
+    An optimizer step takes the rate in the middle of its images, so that even the first step learns.
 
     Args:
         images: run length in training images, where the decay ends. The command line takes it from ``images``.
@@ -40,7 +45,14 @@ class LearningRateSchedule:
             left = f"nothing of the {self.images:,} images for the decay, after {self.warmup_images:,} for warm-up"
             raise UserError(f"{stable} leaves {left}: scale it with the run length")
 
-    def factor(self, images_seen: int) -> float:
+    def warn_of_long_warmup(self) -> None:
+        """Warn if the learning rate rises for more than a quarter of the run."""
+        if self.warmup_images > self.images * LONG_WARMUP:
+            rises = f"the learning rate rises over {self.warmup_images:,} images, and the run has {self.images:,}"
+            remedy = f"it may learn little; try {max(1, self.images // 20):,}"
+            rank_zero_warn(f"model.schedule.warmup_images: {rises}: {remedy}")
+
+    def factor(self, images_seen: float) -> float:
         """The factor on the learning rate after ``images_seen`` images, in [0, 1]."""
         if images_seen < self.warmup_images:
             return images_seen / self.warmup_images

@@ -3,10 +3,10 @@ import torch
 from torch import Tensor, nn
 
 from fmlit.core.tensors import expand_time
-from fmlit.flows.losses import flow_matching_loss, score_matching_loss
+from fmlit.flows.losses import flow_matching_loss, prediction_loss, score_matching_loss
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, CosinePath, GaussianPath, VPPath
-from fmlit.flows.predictions import Noise, PreconditionedVelocity, Score, Velocity
+from fmlit.flows.predictions import MAX_GAIN, Data, Noise, PreconditionedVelocity, Score, Velocity
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.models.mlp import MLP
 from tests.helpers.oracle import PATHS
@@ -87,10 +87,30 @@ def test_preconditioning_makes_flow_matching_a_plain_regression(path):
     z, eps, t = draws(16, (3, 4))
     prediction = PreconditionedVelocity(STD)
     model = GenerativeModel(Sine(), path, prediction, z.shape[1:])
-    losses = flow_matching_loss(model.velocity, path, z, eps, t, prediction.loss_weight(path, t))
+    weight = prediction.gains(path, t).velocity ** -2
+    losses = flow_matching_loss(model.velocity, path, z, eps, t, weight)
     shown = prediction.network_input(path, path.sample(z, eps, t), t)
     target = prediction.target(path, z, eps, t)
     torch.testing.assert_close(losses, (shown.sin() - target).square().mean((1, 2)), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("prediction", [Velocity(), Noise(), Data(), Score(), PreconditionedVelocity()], ids=repr)
+def test_regression_on_the_prediction_is_either_loss_where_its_gain_is_not_clipped(path, prediction):
+    z, eps, t = draws(16, (3, 4))
+    t, gains = 0.2 + 0.6 * t, prediction.gains(path, 0.2 + 0.6 * t)
+    model = GenerativeModel(Sine(), path, prediction, z.shape[1:])
+    cases = [
+        (prediction.flow_matching_weight(path, t), gains.velocity, flow_matching_loss, model.velocity),
+        (prediction.score_matching_weight(path, t), gains.noise, score_matching_loss, model.score),
+    ]
+    for weight, gain, loss, field in cases:
+        scale = gains.velocity**-2 if isinstance(prediction, PreconditionedVelocity) else None
+        expected = loss(field, path, z, eps, t, scale if loss is flow_matching_loss else None)
+        losses = prediction_loss(model, prediction, path, z, eps, t, weight)
+        inside = gain <= MAX_GAIN
+        assert inside.sum() >= 4
+        torch.testing.assert_close(losses[inside], expected[inside], rtol=1e-9, atol=0)
 
 
 def test_the_gradient_is_that_of_the_regression_on_the_marginal_field():

@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from fmlit.core.tensors import expand_time
 from fmlit.flows.mixtures import GaussianMixture
 from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath, VPPath
-from fmlit.flows.predictions import Data, Noise, PreconditionedVelocity, Score, Velocity
+from fmlit.flows.predictions import MAX_GAIN, Data, Noise, PreconditionedVelocity, Score, Velocity
 
 PATHS = [CondOTPath(), CosinePath(), PolynomialPath(2.0), VPPath()]
 PREDICTIONS = [Velocity(), Noise(), Data(), Score(), PreconditionedVelocity(), PreconditionedVelocity(2.0)]
@@ -93,15 +94,39 @@ def test_preconditioning_gives_unit_variance_in_and_out(path, std):
 
 
 @each_path
-def test_loss_weight_turns_the_velocity_loss_into_the_loss_of_the_output(path):
-    prediction = PreconditionedVelocity(0.7)
+@each_prediction
+def test_gains_are_the_derivatives_of_velocity_and_noise(path, prediction):
     z, eps, t = draw((6,))
+    x, output = path.sample(z, eps, t), torch.randn_like(z)
+    gains = prediction.gains(path, t)
+    for field, gain in ((prediction.velocity, gains.velocity), (prediction.noise, gains.noise)):
+        change = field(path, output + 1, x, t) - field(path, output, x, t)
+        assert_same(change.abs(), expand_time(gain, x).expand_as(x))
+
+
+@each_path
+@each_prediction
+def test_weights_are_those_of_the_two_losses_up_to_a_bound(path, prediction):
+    z, eps, t = draw((6,), n=64)
     x, target = path.sample(z, eps, t), prediction.target(path, z, eps, t)
-    output = torch.randn_like(target)
-    errors = prediction.velocity(path, output, x, t) - path.velocity(z, eps, t)
-    weighted = prediction.loss_weight(path, t) * errors.square().sum(1)
-    assert_same(weighted, (output - target).square().sum(1))
-    assert Velocity().loss_weight(path, t) is None
+    output = target + 0.1 * torch.randn_like(target)
+    errors = (output - target).square()
+    velocity = (prediction.velocity(path, output, x, t) - path.velocity(z, eps, t)).square()
+    noise = (prediction.noise(path, output, x, t) - eps).square()
+
+    def assert_bounded(weight, gain, loss):
+        inside = gain <= MAX_GAIN
+        assert inside.sum() >= 16
+        assert_same((weight[:, None] * errors)[inside], loss[inside])
+        assert (weight[~inside] == MAX_GAIN**2).all()
+
+    gains = prediction.gains(path, t)
+    if not isinstance(prediction, PreconditionedVelocity):  # EDM's: 1
+        assert_bounded(prediction.flow_matching_weight(path, t), gains.velocity, velocity)
+    assert_bounded(prediction.score_matching_weight(path, t), gains.noise, noise)
+    ends = torch.tensor([1e-4, 1 - 1e-4], dtype=torch.float64)
+    for weight in (prediction.flow_matching_weight(path, ends), prediction.score_matching_weight(path, ends)):
+        assert (weight <= MAX_GAIN**2).all()
 
 
 @each_path

@@ -10,7 +10,6 @@ from fmlit.flows.predictions import Data, Noise, PreconditionedVelocity, Score, 
 from fmlit.flows.times import (
     SIGMA_MAX,
     SIGMA_MIN,
-    TRAINING_MARGIN,
     Limits,
     LogitNormalTime,
     UniformTime,
@@ -121,10 +120,23 @@ def test_training_targets_are_finite_over_the_training_limits(path, prediction):
 def test_velocity_networks_use_the_whole_clock_except_on_the_vp_path():
     for prediction in (Velocity(), PreconditionedVelocity()):
         assert training_limits(CondOTPath(), prediction) == sampling_limits(CondOTPath(), prediction) == (0, 1)
-        assert training_limits(VPPath(), prediction) == (TRAINING_MARGIN, 1 - TRAINING_MARGIN)
+        assert training_limits(VPPath(), prediction) == sigma_limits(VPPath())
     assert sampling_limits(VPPath(), Velocity()) == sigma_limits(VPPath())
     assert sampling_limits(CondOTPath(), Noise()) == sigma_limits(CondOTPath())
     assert sampling_limits(CondOTPath(), Velocity(), stochastic=True) == sigma_limits(CondOTPath())
+
+
+@each_path
+@each_prediction
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_training_covers_every_time_that_sampling_visits(path, prediction, stochastic):
+    training = training_limits(path, Score() if stochastic else prediction)
+    sampling = sampling_limits(path, prediction, stochastic)
+    if training != (0, 1) and sampling == (0, 1):  # preconditioning on a polynomial path, which divides by 0 at the end
+        assert isinstance(prediction, PreconditionedVelocity)
+        assert isinstance(path, PolynomialPath)
+    else:
+        assert training.start <= sampling.start < sampling.end <= training.end
 
 
 @each_path

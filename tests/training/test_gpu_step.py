@@ -44,6 +44,17 @@ MODULES = {
 }
 
 
+def test_training_on_a_gpu_turns_off_the_attention_whose_gradients_can_be_nan(monkeypatch):
+    module = digits_module(net=tiny_unet)
+    module._trainer = trainer()
+    for device, calls in ((CPU, []), (GPU, [False])):
+        seen: list[bool] = []
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", seen.append)
+        module._device = device
+        module.on_fit_start()
+        assert seen == calls
+
+
 class FakeGPU(FakeTensorMode):
     """Tensors on the GPU are fake; those on the CPU are real."""
 
@@ -83,6 +94,7 @@ def trainer() -> SimpleNamespace:
     numbers = {"world_size": 1, "global_rank": 0, "global_step": 0, "accumulate_grad_batches": 1}
     return SimpleNamespace(
         **numbers,
+        is_global_zero=True,
         log_every_n_steps=50,
         callbacks=[],
         optimizers=[],
@@ -114,8 +126,7 @@ def test_a_training_step_stays_on_the_device_and_never_waits_for_it(make, clip, 
         data = Digits()
         data._resident = ResidentDataset(data.dataset("train"), GPU)
         rows = {"rows": torch.zeros(6, dtype=torch.int64, device=GPU), "flips": torch.zeros(6, device=GPU).bool()}
-        configured = module.configure_optimizers()
-        optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+        optimizer = module.configure_optimizers()
         module.trainer.optimizers.append(optimizer)
         module.on_train_start()
         log.on_train_start(module.trainer, module)
@@ -124,10 +135,10 @@ def test_a_training_step_stays_on_the_device_and_never_waits_for_it(make, clip, 
                 outputs = module.training_step(data.on_after_batch_transfer(rows, 0), step)
             for parameter in module.parameters():
                 parameter.grad = torch.empty_like(parameter)
+            module.on_before_optimizer_step(optimizer)
             module.configure_gradient_clipping(optimizer, clip, "norm")
             optimizer.step()
             optimizer.zero_grad()
-            scheduler.step()
             module.trainer.global_step += 1
             ema.on_train_batch_end(module.trainer, module, outputs, rows, step)
             log.on_train_batch_end(module.trainer, module, outputs, rows, step)

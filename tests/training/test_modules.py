@@ -1,20 +1,21 @@
-import math
 from functools import partial
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
 
 from fmlit import Digits
 from fmlit.core.errors import UserError
+from fmlit.core.tensors import expand_time
 from fmlit.flows.couplings import Coupling, OptimalTransportCoupling
 from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath, VPPath
-from fmlit.flows.predictions import Noise, PreconditionedVelocity, Score, Velocity
+from fmlit.flows.predictions import MAX_GAIN, Noise, PreconditionedVelocity, Score, Velocity
 from fmlit.flows.times import LogitNormalTime, TimeDistribution, UniformTime
 from fmlit.storage import descriptions
 from fmlit.training.averages import EMA
-from fmlit.training.draws import TrainingDraws
+from fmlit.training.draws import GRAIN, TrainingDraws
 from fmlit.training.modules import FlowMatchingModule, GenerativeModule, ScoreMatchingModule
 from fmlit.training.optimizers import AdamW
 from fmlit.training.schedules import LearningRateSchedule
@@ -91,16 +92,27 @@ def test_an_unconditional_module_shows_no_labels():
 
 
 @pytest.mark.parametrize("law", [UniformTime(), UniformTime(stratified=True), LogitNormalTime()], ids=repr)
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_draws_are_global_and_ranks_take_slices(world_size, law):
-    module, labels = digits_module(draws=TrainingDraws(law, label_drop=0.5)), torch.arange(12) % 10
-    alone = rank_of(module)._draw(12, labels)
-    share = 12 // world_size
+@pytest.mark.parametrize(("size", "world_size"), [(12, 2), (12, 3), (64, 2), (72, 2), (150, 3), (150, 5)])
+def test_draws_are_global_and_ranks_take_slices(size, world_size, law):
+    module, labels = digits_module(draws=TrainingDraws(law, label_drop=0.5)), torch.arange(size) % 10
+    alone = rank_of(module)._draw(size, labels)
+    share = size // world_size
     slices = [
         rank_of(module, r, world_size)._draw(share, labels[r * share : (r + 1) * share]) for r in range(world_size)
     ]
     for whole, *parts in zip(alone, *slices, strict=True):
         assert torch.equal(whole, torch.cat(parts))
+    assert len(alone[0].flatten().unique()) > 0.99 * alone[0].numel()  # no grain of noise repeats another
+
+
+@pytest.mark.parametrize("world_size", [4, 64])
+def test_the_noise_that_a_rank_draws_does_not_grow_with_the_number_of_ranks(monkeypatch, world_size):
+    drawn, randn = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **kw: drawn.append(shape[0][0]) or randn(*shape, **kw))
+    share = 48
+    eps, _, _ = rank_of(digits_module(), 1, world_size)._draw(share, None)
+    assert len(eps) == share
+    assert sum(drawn) < share + 2 * GRAIN
 
 
 def test_draws_depend_on_seed_and_images_seen_and_on_nothing_else():
@@ -167,8 +179,12 @@ def test_the_loss_is_the_mean_over_samples_of_the_objective(make):
     eps, t, labels = module._draw(6, data["labels"])
     out = module.training_step(data, 0)
     model, x = module.model, module.model.path.sample(data["data"], eps, t)
+    gain = Noise().gains(model.path, t).velocity
+    clipped = expand_time(gain.clamp(max=MAX_GAIN) / gain, x)
     residual = {
-        FlowMatchingModule: lambda: model.velocity(x, t, labels) - model.path.velocity(data["data"], eps, t),
+        FlowMatchingModule: lambda: (
+            clipped * (model.velocity(x, t, labels) - model.path.velocity(data["data"], eps, t))
+        ),
         ScoreMatchingModule: lambda: model.net(x, t, labels) - eps,
     }[make]()
     torch.testing.assert_close(out["losses"], residual.square().mean((1, 2, 3)).detach(), rtol=1e-4, atol=1e-6)
@@ -223,19 +239,29 @@ def test_the_learning_rate_follows_images(decay, factors):
         assert module.schedule.factor(350) == pytest.approx((1 + 0.5**0.5) / 2)
 
 
-def test_the_learning_rate_does_not_depend_on_the_batch_size(tmp_path):
-    def rate(size: int, steps: int) -> float:
-        module = digits_module(schedule=LearningRateSchedule(960, warmup_images=48, decay="cosine"))
-        trainer = fit(module, tmp_path, steps, data=Digits(batch_size=size))
-        return trainer.optimizers[0].param_groups[0]["lr"]
+def test_the_learning_rate_does_not_depend_on_the_batch_size_and_every_step_learns(tmp_path):
+    class Rates(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step > len(rates):  # not between accumulated batches
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"] / 1e-3)
 
-    expected = 1e-3 * (1 + math.cos(math.pi * (240 - 48) / (960 - 48))) / 2
-    assert rate(12, 20) == rate(48, 5) == pytest.approx(expected, rel=1e-12)
+    means = []
+    for size, accumulated in ((12, 1), (48, 1), (48, 4)):
+        rates: list[float] = []
+        module = digits_module(schedule=LearningRateSchedule(960, warmup_images=96, decay="linear"))
+        settings = {"accumulate_grad_batches": accumulated}
+        fit(module, tmp_path, 960 // size, Rates(), data=Digits(batch_size=size), **settings)
+        half = size / 2
+        assert rates[0] == pytest.approx(half / 96)
+        assert rates[-1] == pytest.approx(half / (960 - 96))
+        assert len(rates) == 960 // size
+        means.append(sum(rates) / len(rates))
+    assert means == pytest.approx([0.5, 0.5, 0.5])  # the area of a triangle
 
 
 def test_the_optimizer_is_adamw_with_the_settings_of_the_recipe():
     module = digits_module(optimizer=AdamW(3e-4, betas=(0.8, 0.95), weight_decay=0.02))
-    optimizer = module.configure_optimizers()["optimizer"]
+    optimizer = module.configure_optimizers()
     assert isinstance(optimizer, torch.optim.AdamW)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-4, (0.8, 0.95), 0.02)

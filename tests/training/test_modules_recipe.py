@@ -29,7 +29,7 @@ def test_the_rate_stays_before_it_decays():
 
 def test_muon_takes_the_matrices_and_adamw_the_rest():
     module = digits_module(**FAST | {"optimizer": replace(MUON, learning_rate=3e-4)})
-    optimizer = module.configure_optimizers()["optimizer"]
+    optimizer = module.configure_optimizers()
     assert isinstance(optimizer, MuonAdamW)
     adamw, muon = optimizer.param_groups
     assert set(muon["params"]) == set(hidden_matrices(module.model.net))
