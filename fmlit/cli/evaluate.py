@@ -1,17 +1,19 @@
 """``evaluate``: scores of a checkpoint over a sweep of samplers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from fmlit.cli.options import Integers, Names, Numbers
 from fmlit.cli.sampling_options import SamplingOptions
 from fmlit.cli.scoring_options import ScoringOptions
 from fmlit.core.errors import UserError
+from fmlit.core.files import expand
+from fmlit.core.randomness import image_seeds
 from fmlit.evaluation.measurements import LikelihoodMeasurement, SampleMeasurement, ScoredModel
 from fmlit.evaluation.reports import report
 from fmlit.evaluation.results import Measurement, Results
-from fmlit.evaluation.scoring import METRICS
+from fmlit.evaluation.scoring import METRICS, MODEL_METRICS
 from fmlit.models.compilation import CompileMode
 from fmlit.storage.loading import find_model, weights_of
 from fmlit.storage.run_folder import RunFolder
@@ -44,27 +46,33 @@ def evaluate(
     checkpoint: str,
     n: int = 5000,
     metrics: Names = Names(["fid", "kid"]),
-    weights: str = "ema",
+    reference: str | None = None,
+    weights: Names = Names(["ema"]),
     seed: int = 0,
+    draws: int = 1,
     compile: CompileMode | None = None,
     out: str | None = None,
     wandb: str | None = None,
     sweep: Sweep = Sweep(),
     scoring: ScoringOptions = ScoringOptions(),
 ) -> dict[str, Any] | None:
-    """Score a model, for every combination of solvers, steps and guidance scales.
+    """Score a model, for every combination of weights, solvers, steps and guidance scales.
 
-    Each combination becomes a line of results.jsonl in the output folder, with everything that it depends on. Lines
-    that are there already are not computed again. At the end, table.md and plot.png are written. Under torchrun, all
-    processes share the work, and the images are the same for any number of them. The last line of output is JSON.
+    Each combination (and each draw of it) becomes a line of results.jsonl in the output folder, with everything that it
+    depends on. Lines that are there already are not computed again. At the end, table.md and plot.png are written.
+    Under torchrun, all processes share the work, and the images are the same for any number of them. The last line of
+    output is JSON.
 
     Args:
-        checkpoint: A checkpoint, the folder of a run, or an exported folder (which needs --data).
+        checkpoint: A checkpoint, the folder of a run, or an exported folder (which needs --data or --reference).
         n: Number of samples. Cite FID at 50000; compare values at equal n only.
         metrics: Any of fid, kid, precision, recall; class, the share of samples that a classifier of the real images
             reads as the class that was asked for; bpd, bits per dimension of at most n test images.
-        weights: ema for the first average, raw for the trained weights, or the name of an average.
+        reference: An .npz to compare with in place of a data set: mu and sigma, or pictures in arr_0.
+        weights: ema for the first average, raw for the trained weights, or the name of an average; several as ema,raw.
         seed: Of the samples.
+        draws: Number of independent sets of noise, from this seed and the next ones. The report shows mean, minimum and
+            spread (standard deviation) of each score.
         compile: Mode of torch.compile for the network: default, max-autotune, ...; by default it runs plainly.
         out: Folder of the results; by default evaluation/ in the run folder.
         wandb: Project of Weights & Biases to send table and plot to.
@@ -75,22 +83,32 @@ def evaluate(
         The summary; None on every rank but the first.
     """
     file = find_model(checkpoint, "checkpoint")
+    _check(metrics, reference, sweep)
+    if draws < 1:
+        raise UserError(f"draws must be at least 1, got {draws}")
+    image_seeds(seed + draws - 1, [])  # fails now, rather than after the draws before it
+    draws_samples = set(metrics) != {"bpd"}
+    samplers = sweep.build(sweep.solver, sweep.steps or [None], sweep.guidance) if draws_samples else []
+    needs_data = reference is None or sweep.neighbors or set(metrics) & set(MODEL_METRICS)
+    with scoring.scorer(metrics, checkpoint if needs_data else None, reference) as scorer:
+        folder = expand(out, "out") if out else RunFolder.of_checkpoint(file).evaluation
+        files = folder, sweep.neighbors, expand(sweep.save_images, "save_images") if sweep.save_images else None
+        rows: list[list[Measurement]] = []
+        for name in [weights_of(file, name) for name in weights]:
+            model, guide = sweep.load(file, name, compile, scoring.trust, scorer.device)
+            scored = [ScoredModel(model, name, scorer, n, seed + draw, guide) for draw in range(draws)]
+            rows += [[SampleMeasurement(one, sampler, *files) for one in scored] for sampler in samplers]
+            if "bpd" in metrics:
+                rows.append([LikelihoodMeasurement(one) for one in scored])
+        return report(Results(folder), rows, scorer.ranks, wandb)
+
+
+def _check(metrics: Sequence[str], reference: str | None, sweep: Sweep) -> None:
+    """Raise a UserError for unknown metrics, and for options that have no effect on these metrics."""
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         raise UserError(f"unknown metric {unknown[0]!r}: choose from {', '.join(METRICS)}")
-    draws = set(metrics) != {"bpd"}
+    if reference is not None and set(metrics) <= set(MODEL_METRICS):
+        raise UserError(f"--reference has no meaning with --metrics {','.join(metrics)}: leave it out")
     changed = [field.name for field in fields(sweep) if getattr(sweep, field.name) != field.default]
-    if changed and not draws:
+    if changed and set(metrics) == {"bpd"}:
         raise UserError(f"--{changed[0]} has no meaning with --metrics bpd, which draws no samples: leave it out")
-    samplers = sweep.build(sweep.solver, sweep.steps or [None], sweep.guidance) if draws else []
-    with scoring.scorer(metrics, checkpoint) as scorer:
-        results = Results(Path(out) if out else RunFolder.of_checkpoint(file).evaluation)
-        weights = weights_of(file, weights)
-        model, guide = sweep.load(file, weights, compile, scoring.trust, scorer.device)
-        scored = ScoredModel(model, weights, scorer, n, seed, guide)
-        pngs = Path(sweep.save_images) if sweep.save_images else None
-        measurements: list[Measurement] = [
-            SampleMeasurement(scored, sampler, results.folder, sweep.neighbors, pngs) for sampler in samplers
-        ]
-        if "bpd" in metrics:
-            measurements.append(LikelihoodMeasurement(scored))
-        return report(results, measurements, scorer.ranks, wandb)

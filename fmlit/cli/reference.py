@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fmlit.cli.scoring_options import ScoringOptions
+from fmlit.core.files import expand
 
 
 def reference(checkpoint: str | None = None, scoring: ScoringOptions = ScoringOptions()) -> dict[str, Any] | None:
@@ -20,5 +21,5 @@ def reference(checkpoint: str | None = None, scoring: ScoringOptions = ScoringOp
         The summary; None on every rank but the first.
     """
     with scoring.scorer((), checkpoint) as scorer:
-        paths = [str(Path(scorer.cache, statistics.identity.filename)) for statistics in scorer.references]
+        paths = [str(Path(expand(scorer.cache), statistics.identity.filename)) for statistics in scorer.references]
         return None if scorer.ranks.rank else {"references": paths}

@@ -9,7 +9,7 @@ from fmlit.cli.options import Names, choose_device, processes
 from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule
 from fmlit.evaluation.scoring import Scorer, choose_features
-from fmlit.metrics import Features
+from fmlit.metrics import Features, ReferenceFile
 from fmlit.storage.loading import find_model, training_data
 
 
@@ -39,24 +39,33 @@ class ScoringOptions:
     device: str = "auto"
 
     @contextmanager
-    def scorer(self, metrics: Sequence[str], checkpoint: str | None) -> Iterator[Scorer]:
+    def scorer(self, metrics: Sequence[str], checkpoint: str | None, reference: str | None = None) -> Iterator[Scorer]:
         """What scores images by these options, with all processes of torchrun joined for the length of the block.
 
         Args:
             metrics: that the scorer computes.
             checkpoint: names the data if the options do not.
+            reference: a file to compare with in place of the splits. Then nothing needs to name the data.
 
         Raises:
-            UserError: the data are not named, cannot be built, or are not images.
+            UserError: the data are not named, cannot be built, or are not images; or the file is no reference.
         """
+        if reference is not None and (self.flip or self.splits != ScoringOptions.splits):
+            raise UserError("--splits and --flip have no effect with --reference: leave them out")
         device = choose_device(self.device)
         with processes(device) as ranks:
+            with ranks.fail_together():
+                against = ReferenceFile(reference) if reference is not None else None
             file = None if checkpoint is None else find_model(checkpoint, "checkpoint")
-            data = self.data or training_data(file, self.trust)
-            if len(data.shape) != 3:
-                raise UserError(
-                    f"evaluation is of images, and {type(data).__name__} holds vectors of shape {data.shape}"
-                )
-            ranks.from_first(data.prepare_data)
-            features = choose_features(self.features, data.shape)
-            yield Scorer(data, metrics, features, self.splits, self.flip, self.cache, self.batch_size, device)
+            data = self.data
+            if data is None and (against is None or file is not None):
+                data = training_data(file, self.trust)
+            if data is not None:
+                if len(data.shape) != 3:
+                    raise UserError(
+                        f"evaluation is of images, and {type(data).__name__} holds vectors of shape {data.shape}"
+                    )
+                ranks.from_first(data.prepare_data)
+            features = choose_features(self.features, data.shape if data else (), against)
+            where = self.splits, self.flip, self.cache, self.batch_size, device, against
+            yield Scorer(data, metrics, features, *where)

@@ -47,7 +47,9 @@ class ImageMeasurement(Measurement):
     """
 
     def __init__(self, scorer: Scorer, path: str) -> None:
-        self.scorer, self.images = scorer, read_images(path, scorer.data.shape)
+        self.scorer, self.images = scorer, read_images(path, scorer.image_shape)
+        if len(self.images):
+            scorer.check(self.images[0][0].shape)
         identity = {"name": path, "n": len(self.images), "of": self.images.fingerprint()}
         self.identity = identity | scorer.identity
 
@@ -69,7 +71,7 @@ class ScoredModel:
         guide: a weaker model for autoguidance.
 
     Raises:
-        UserError: n is below 2, or the model makes other images than the data hold.
+        UserError: n is below 2, or the model makes other images than the data or the reference file hold.
     """
 
     model: GenerativeModel
@@ -80,9 +82,14 @@ class ScoredModel:
     guide: GenerativeModel | None = None
 
     def __post_init__(self) -> None:
-        model, scorer = self.model, self.scorer
         if self.n < 2:
             raise UserError(f"n must be at least 2, got {self.n}")
+        self.scorer.check(self.model.shape)
+        if self.scorer.has_data:
+            self._check_data()
+
+    def _check_data(self) -> None:
+        model, scorer = self.model, self.scorer
         if model.shape != tuple(scorer.data.shape):
             raise UserError(
                 f"the model makes images of shape {model.shape}, and {type(scorer.data).__name__} holds "
@@ -93,7 +100,13 @@ class ScoredModel:
                 f"metric class needs a model of the data's {scorer.data.num_classes} classes, and this one has "
                 f"{model.num_classes or 'none'}"
             )
-        if model.num_classes is not None and scorer.distances:
+        named, real = model.class_names, scorer.data.class_names
+        if named and real and named != tuple(real):
+            raise UserError(
+                f"the model's classes are [{', '.join(named)}], and those of the data [{', '.join(real)}]: "
+                "give the data that it was trained on"
+            )
+        if model.num_classes is not None and scorer.distances and scorer.reference is None:
             warn_of_uneven_classes(scorer.data.dataset(scorer.splits[0]))
 
     @cached_property
@@ -233,6 +246,8 @@ class LikelihoodMeasurement(Measurement):
 
 
 def _digest(model: GenerativeModel) -> str:
-    """A hash of the weights, and one of the description of everything around them."""
-    surroundings = hashlib.sha256(json.dumps(describe(model)).encode()).hexdigest()[:12]
-    return f"{weights_digest(model.net.state_dict())} in {surroundings}"
+    """A hash of the weights, and one of the description of everything around them but for the names of the classes."""
+    surroundings = describe(model)
+    del surroundings["init_args"]["class_names"]
+    code = hashlib.sha256(json.dumps(surroundings).encode()).hexdigest()[:12]
+    return f"{weights_digest(model.net.state_dict())} in {code}"

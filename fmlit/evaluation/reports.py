@@ -2,32 +2,44 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from fmlit.core.processes import ProcessGroup
 from fmlit.evaluation.results import Measurement, Record, Results
 
 SETTINGS = ("name", "weights", "nfe", "seconds")  # the columns of a table before the scores
-SUMMARY = ("name", "weights", "n", "nfe", "protocol", "scores", "seconds", "cost")  # what a summary keeps of a record
+SUMMARY = (
+    "name",
+    "weights",
+    "n",
+    "draws",
+    "nfe",
+    "protocol",
+    "scores",
+    "seconds",
+    "cost",
+)  # what a summary keeps of a record
 
 
 def report(
-    results: Results, measurements: Sequence[Measurement], ranks: ProcessGroup, project: str | None = None
+    results: Results, rows: Sequence[Sequence[Measurement]], ranks: ProcessGroup, project: str | None = None
 ) -> Record | None:
     """Complete the results, print them as a table, and write ``table.md`` and ``plot.png`` beside them.
 
     Args:
         results: the file that holds earlier measurements, and gets the new ones.
-        measurements: what the report shows, in this order.
+        rows: what the report shows, in this order: the measurement of each row, or several that differ in their noise.
         ranks: the processes that share the work; all of them must call.
         project: of W&B, which gets table and plot; None sends nothing.
 
     Returns:
-        A summary, with the paths of the files and the main values of each measurement; None on all ranks but the first.
+        A summary, with the paths of the files and the main values of each row; None on all ranks but the first.
     """
-    records = results.complete(measurements, ranks)
+    measured = [results.complete(draws, ranks) for draws in rows]
     if ranks.rank:
         return None
+    records = [summarize(draws) for draws in measured]
     text = markdown(table(records))
     (results.folder / "table.md").write_text(text)
     print(f"\n{text}")
@@ -39,6 +51,19 @@ def report(
         push(records, picture, project, results.folder)
     cells = [{key: record[key] for key in SUMMARY if key in record} for record in records]
     return {"results": str(results.path), "plot": str(picture) if picture else None, "cells": cells}
+
+
+def summarize(draws: Sequence[Record]) -> Record:
+    """One record of several that differ in their noise: mean, minimum and standard deviation of each score."""
+    if len(draws) == 1:
+        return draws[0]
+    scores: dict[str, float] = {}
+    for name in draws[0]["scores"]:
+        values = [draw["scores"][name] for draw in draws]
+        of_all = {"min": min(values), "spread": stdev(values)}
+        scores |= {name: fmean(values), **{f"{name}_{kind}": value for kind, value in of_all.items()}}
+    seconds = round(sum(draw["seconds"] for draw in draws), 2)
+    return {**draws[0], "draws": len(draws), "scores": scores, "seconds": seconds}
 
 
 def table(records: Sequence[Record]) -> list[list[Any]]:
@@ -65,6 +90,10 @@ def _line(record: Record) -> str:
     return solver + record["name"].removeprefix(solver).lstrip("0123456789")
 
 
+def _several_weights(records: Sequence[Record]) -> bool:
+    return len({record.get("weights") for record in records}) > 1
+
+
 def plot(records: Sequence[Record], path: Path) -> None:
     """The first score against the number of network evaluations per image, one line per kind of sampler."""
     from matplotlib.figure import Figure
@@ -74,8 +103,10 @@ def plot(records: Sequence[Record], path: Path) -> None:
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[tuple[float, float]]] = {}
+    several = _several_weights(records)
     for record in records:
-        lines.setdefault(_line(record), []).append((record["nfe"], record["scores"][score]))
+        label = f"{_line(record)} {record['weights']}" if several else _line(record)
+        lines.setdefault(label, []).append((record["nfe"], record["scores"][score]))
     for label, points in lines.items():
         nfe, values = zip(*sorted(points), strict=True)
         axes.plot(nfe, values, "o-", label=label)
@@ -86,7 +117,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
             axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
             axis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.set_title(records[0].get("protocol", "").rpartition("-")[0])  # all of it but the sampler
+    protocol = records[0].get("protocol", "").split("-")
+    axes.set_title("-".join(protocol[: -2 if several else -1]))  # all of it but what the lines differ in
     axes.legend()
     figure.savefig(path)
 
@@ -106,5 +138,8 @@ def push(records: Sequence[Record], picture: Path | None, project: str, folder: 
     if picture is not None:
         content["evaluation_plot"] = wandb.Image(str(picture))
     run.log(content)
-    run.summary.update({f"{r['name']}/{score}": v for r in records for score, v in r["scores"].items()})
+    several = _several_weights(records)
+    titles = [f"{record['weights']}/{record['name']}" if several else record["name"] for record in records]
+    values = {f"{title}/{k}": v for title, r in zip(titles, records, strict=True) for k, v in r["scores"].items()}
+    run.summary.update(values)
     logger.finalize("success")

@@ -61,7 +61,7 @@ class Results:
             record = ranks.from_first(lambda: self._add(measurement, outcome))
         if ranks.rank == 0:
             scores = "  ".join(f"{name} {value:.4g}" for name, value in record["scores"].items())
-            print(f"{record['name']}: {scores}  ({'known' if known else _cost(record)})", flush=True)
+            print(f"{_title(record)}: {scores}  ({'known' if known else _cost(record)})", flush=True)
         return record
 
     def _find(self, measurement: Measurement) -> Record | None:
@@ -93,6 +93,11 @@ class Results:
 
 def _key(identity: Record) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _title(record: Record) -> str:
+    """``heun18 (ema, seed 0)``; the name alone of pictures that no model drew."""
+    return f"{record['name']} ({record['weights']}, seed {record['seed']})" if "weights" in record else record["name"]
 
 
 def _cost(record: Record) -> str:

@@ -1,7 +1,7 @@
 """Scores of images against one data set."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +14,15 @@ from fmlit.core.errors import UserError
 from fmlit.core.processes import ProcessGroup
 from fmlit.core.progress import progress
 from fmlit.data.data_module import DataModule
-from fmlit.metrics import ClassReader, Features, ImageQuality, InceptionFeatures, PixelFeatures, Reference
+from fmlit.metrics import (
+    ClassReader,
+    Features,
+    ImageQuality,
+    InceptionFeatures,
+    PixelFeatures,
+    Reference,
+    ReferenceFile,
+)
 from fmlit.metrics.image_quality import Metric
 from fmlit.metrics.precision_recall import nearest_neighbors
 from fmlit.metrics.protocol import count_label
@@ -26,10 +34,16 @@ READABLE = 10_000  # real images that the class reader is fitted to: its time is
 SMALL = 32  # pixels: Inception was made for larger images, and below this side it sees little but its own resize
 
 
-def choose_features(features: str | Features | None, shape: Sequence[int]) -> Features:
-    """``inception``, ``pixels``, or features as they are; None is pixels for images with a side below 32 pixels."""
+def choose_features(
+    features: str | Features | None, shape: Sequence[int] = (), reference: ReferenceFile | None = None
+) -> Features:
+    """``inception``, ``pixels``, or features as they are. None stands for those of the reference file; without one for
+    pixels where images have a side below 32 pixels, else inception.
+    """
     if isinstance(features, Features):
         return features
+    if features is None and reference is not None:
+        features = reference.features
     if features is None:
         features = "pixels" if min(shape[1:]) < SMALL else "inception"
     if features not in ("inception", "pixels"):
@@ -41,7 +55,7 @@ class Scorer:
     """Scores any number of sets of images against the same data; all ranks of torch.distributed take part.
 
     Args:
-        data: the real images.
+        data: the real images; None if there is a reference file, and nothing else of the data is needed.
         metrics: any of fid, kid, precision, recall, and ``class``, the share of images that a classifier of real ones
             (see ``ClassReader``) reads as the class that was asked for.
         features: in which distances are taken.
@@ -50,11 +64,12 @@ class Scorer:
         cache: folder of the reference statistics.
         batch_size: images per call of the features.
         device: where the features run.
+        reference: a file to compare with in place of the splits.
     """
 
     def __init__(
         self,
-        data: DataModule,
+        data: DataModule | None,
         metrics: Sequence[str],
         features: Features,
         splits: Sequence[Any] = ("train",),  # the data check them
@@ -62,15 +77,37 @@ class Scorer:
         cache: str | Path = "data/statistics",
         batch_size: int = 250,
         device: torch.device | str = "cpu",
+        reference: ReferenceFile | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
-        if "class" in metrics and data.num_classes is None:
+        if "class" in metrics and data is not None and data.num_classes is None:
             raise UserError(f"metric class needs classes, and {type(data).__name__} has none here")
-        self.data, self.metrics, self._features, self.splits, self.flip = data, metrics, features, splits, flip
-        self.cache, self.batch_size, self.device = cache, batch_size, torch.device(device)
+        self._data, self.metrics, self._features, self.splits, self.flip = data, metrics, features, splits, flip
+        self.reference, self.cache, self.batch_size, self.device = reference, cache, batch_size, torch.device(device)
         self.distances: list[Metric] = [metric for metric in get_args(Metric) if metric in metrics]
-        self.ranks = ProcessGroup.current()
+        self.ranks, self.has_data = ProcessGroup.current(), data is not None
+        if data is not None:
+            self.check(data.shape)
+
+    @property
+    def data(self) -> DataModule:
+        """The real images. A UserError if there is only a file with their statistics."""
+        if self._data is None:
+            raise UserError("this needs the real images, and not only statistics of them: give them by --data")
+        return self._data
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of the real images; None if neither data nor reference file say."""
+        if self._data is not None:
+            return tuple(self._data.shape)
+        return self.reference.image_shape if self.reference else None
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise a UserError if images of this shape (C, H, W) cannot be compared with the reference file."""
+        if self.reference is not None and self.distances:
+            self.reference.check(self.features, shape)
 
     @cached_property
     def features(self) -> Features:
@@ -81,25 +118,32 @@ class Scorer:
     def identity(self) -> dict[str, Any]:
         """What scores depend on besides the images."""
         identity: dict[str, Any] = {"metrics": [metric for metric in self.metrics if metric != "bpd"]}
-        splits = self.splits if self.distances else ()
+        splits = self.splits if self.distances and self.reference is None else ()
         if self.distances:
             identity |= {"features": self.features.name, "features_weights": self.features.fingerprint}
-            identity |= {"splits": list(splits), "flip": self.flip}
+            if self.reference is None:
+                identity |= {"splits": list(splits), "flip": self.flip}
+            else:
+                identity |= {"reference": self.reference.name, "reference_sha256": self.reference.sha256}
         if "class" in self.metrics:
             splits = sorted({*splits, "train"})
         return identity | {"data": {split: self.data.fingerprint(split) for split in splits}}
 
     @cached_property
     def references(self) -> list[Reference]:
-        """The statistics of each split, from the cache or computed now."""
-        return [self._reference(split) for split in self.splits]
+        """The statistics in the reference file, or else of each split, from the cache or computed now."""
+        if self.reference is None:
+            return [self._reference(split) for split in self.splits]
+        where = self.features, self.distances, self.cache, self.batch_size
+        return [self.reference.reference(*where, self._bar(self.reference.name))]
+
+    def _bar(self, what: str) -> partial[Iterator[Any]]:
+        return partial(progress, total=None, what=f"statistics of {what}", shown=self.ranks.rank == 0)
 
     def _reference(self, split: Any) -> Reference:
         dataset, fingerprint, workers = self.data.dataset(split), self.data.fingerprint(split), self.data.num_workers
-        bar = partial(progress, total=None, what=f"statistics of {split}", shown=self.ranks.rank == 0)
-        return reference_statistics(
-            dataset, fingerprint, self.features, split, self.cache, self.flip, self.batch_size, workers, bar
-        )
+        where = self.features, split, self.cache, self.flip, self.batch_size, workers
+        return reference_statistics(dataset, fingerprint, *where, self._bar(split))
 
     @cached_property
     def reader(self) -> ClassReader:

@@ -20,3 +20,4 @@ from fmlit.metrics.kernel import kernel_distance as kernel_distance
 from fmlit.metrics.precision_recall import nearest_neighbors as nearest_neighbors, precision_recall as precision_recall
 from fmlit.metrics.protocol import Protocol as Protocol
 from fmlit.metrics.reference import Reference as Reference, reference_statistics as reference_statistics
+from fmlit.metrics.reference_file import ReferenceFile as ReferenceFile

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmlit.core.errors import UserError
+from fmlit.core.files import expand
 from fmlit.core.tensors import from_uint8
 
 CPU_CHUNK = 16  # images at a time on a CPU; Inception is a third slower with 100
@@ -49,6 +50,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     Raises:
         UserError: there is no such file, or it holds something else.
     """
+    path = str(expand(path, "weights"))
     if not Path(path).is_file():
         raise UserError(f"there is no weights file {path}")
     try:

@@ -65,7 +65,7 @@ class ImageQuality:
         self.metrics = tuple(metrics)
         self.references = (reference,) if isinstance(reference, Reference) else tuple(reference)
         check_metrics(self.metrics)
-        _check_references(self.references, features)
+        _check_references(self.references, features, self.metrics)
         self.statistics, self._meter = GaussianStatistics(), Meter(features.device)
         wanted = max(len(r.features) for r in self.references) if set(self.metrics) - {"fid"} else 0
         self._rows = BottomKSample(wanted)
@@ -111,7 +111,7 @@ class ImageQuality:
                 "fmlit.core.tensors.to_uint8 converts from [-1, 1]"
             )
         expected = self.references[0].image_shape
-        if tuple(images.shape[-2:]) != expected[-2:]:
+        if expected is not None and tuple(images.shape[-2:]) != expected[-2:]:
             raise UserError(
                 f"generated images are {images.shape[-2]}x{images.shape[-1]} pixels and the reference's "
                 f"{expected[-2]}x{expected[-1]}: distances between sizes mean nothing"
@@ -156,7 +156,7 @@ class ImageQuality:
     def _scores(self, reference: Reference) -> dict[str, float]:
         scores, name, device = {}, self.features.name, self.features.device
         if "fid" in self.metrics:
-            fewest, dimension = min(self.count, reference.count), self.statistics.dimension
+            fewest, dimension = min(self.count, reference.count or self.count), self.statistics.dimension
             if fewest <= dimension:
                 warnings.warn(
                     f"a Fréchet distance from {fewest} images in {dimension} dimensions: the covariance is "
@@ -195,18 +195,26 @@ def check_metrics(metrics: Sequence[str], n: int | None = None) -> None:
         raise UserError(f"precision and recall need more than {NEAREST} samples, got n = {n}")
 
 
-def _check_references(references: tuple[Reference, ...], features: Features) -> None:
+def _check_references(references: tuple[Reference, ...], features: Features, metrics: tuple[str, ...]) -> None:
     if not references:
         raise UserError("image quality needs at least one reference")
     for reference in references:
         identity = reference.identity
         if (identity.features, identity.weights) != (features.name, features.fingerprint):
             raise UserError(
-                f"the reference holds {identity.features} features (weights {identity.weights or 'none'}), and "
-                f"generated images would be given {features.name} features (weights {features.fingerprint or 'none'})"
+                f"the reference {identity.split} holds {identity.features} features (weights "
+                f"{identity.weights or 'none'}), and generated images would be given {features.name} features (weights "
+                f"{features.fingerprint or 'none'})"
             )
-        if reference.image_shape[-2:] != references[0].image_shape[-2:]:
-            raise UserError(f"references of different image sizes: {[r.image_shape for r in references]}")
+        single = [metric for metric in metrics if metric != "fid"]
+        if single and not len(reference.features):
+            raise UserError(
+                f"metric {single[0]} needs the features of single images, and {identity.split} holds mu and sigma "
+                "alone: leave it out, or give a reference with pictures in arr_0"
+            )
+    shapes = [reference.image_shape for reference in references]
+    if len({shape and shape[-2:] for shape in shapes}) > 1:
+        raise UserError(f"references of different image sizes: {shapes}")
     splits = [reference.identity.split for reference in references[1:]]
     if len(set(splits)) < len(splits):
         raise UserError(f"two references of the same split among {splits}: their scores would share a name")

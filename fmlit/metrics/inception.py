@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fmlit.core.errors import UserError
+from fmlit.core.files import expand
 from fmlit.metrics.features import Features, read_weights, weights_digest
 
 VARIABLE = "FMLIT_INCEPTION"
@@ -30,7 +31,7 @@ class InceptionFeatures(Features):
             torch-fidelity's own download, once.
 
     Raises:
-        UserError: the file is missing; at the first use: it holds something else, or cannot be downloaded.
+        UserError: at the first use: the file is missing, or holds something else, or cannot be downloaded.
     """
 
     name = "inception"
@@ -40,12 +41,12 @@ class InceptionFeatures(Features):
     def __init__(self, weights: str | None = None) -> None:
         self.weights = weights
         self._path = weights or os.environ.get(VARIABLE) or (str(DEFAULT) if DEFAULT.is_file() else None)
-        if self._path and not Path(self._path).is_file():
-            raise UserError(f"no Inception weights file {self._path} (InceptionFeatures.weights, or ${VARIABLE})")
 
     @functools.cached_property
     def _loaded(self) -> tuple[nn.Module, str]:
         """The network and the digest of those of its weights that are used."""
+        if self._path and not expand(self._path).is_file():
+            raise UserError(f"no Inception weights file {self._path} (InceptionFeatures.weights, or ${VARIABLE})")
         state, origin = (read_weights(self._path), self._path) if self._path else _download()
         network = _build(state, origin)
         image = (torch.arange(3 * 32 * 32) % 251).to(torch.uint8).reshape(1, 3, 32, 32)

@@ -35,7 +35,7 @@ class Protocol:
     Args:
         features: name of the features, e.g. "inception" or "pixels".
         n: number of generated images.
-        split: of the data set, against which is measured.
+        split: of the data set, against which is measured; or the name of a reference file.
         preprocessing: what the features do to an image first; empty for nothing.
         flip: whether the reference holds every image's mirror image as well.
         weights: which weights of the model drew the images ("ema", "raw"); empty for images of unknown origin.

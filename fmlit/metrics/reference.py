@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fmlit.core.errors import UserError
-from fmlit.core.files import atomic_write
+from fmlit.core.files import atomic_write, expand
 from fmlit.core.processes import ProcessGroup
 from fmlit.metrics.features import Features
 from fmlit.metrics.frechet import GaussianStatistics
@@ -68,8 +68,8 @@ class Reference:
 
     Attributes:
         identity: what they are statistics of.
-        image_shape: (C, H, W) of the images.
-        count: number of images; with flips, mirror images are counted.
+        image_shape: (C, H, W) of the images; None if a file of another program does not say.
+        count: number of images; with flips, mirror images are counted. None if unknown.
         mean: (d,) float64.
         covariance: (d, d) float64, normalized by count - 1.
         features: (k, d) float32, of a random subset in random order.
@@ -77,8 +77,8 @@ class Reference:
     """
 
     identity: Identity
-    image_shape: tuple[int, ...]
-    count: int
+    image_shape: tuple[int, ...] | None
+    count: int | None
     mean: Tensor
     covariance: Tensor
     features: Tensor
@@ -173,7 +173,7 @@ def reference_statistics(
     images = _Images(dataset, split, flip)
     subset = np.random.default_rng(0).permutation(len(images))[:KEPT]
     identity = Identity(fingerprint, images.images, split, flip, features.name, features.fingerprint, len(subset))
-    path = Path(cache_dir) / identity.filename
+    path = expand(cache_dir, "cache") / identity.filename
     cached = ranks.from_first(lambda: _cached(path, identity))
     if cached is not None:
         return cached

@@ -74,7 +74,7 @@ def test_the_script_sweeps_and_says_what_it_found(checkpoint, tmp_path, monkeypa
     assert 0 <= cost["features_per_1000"] <= cost["seconds_per_1000"]
     assert 0.1 < cost["peak_memory_gb"] < 100
     assert f"{cost['peak_memory_gb']:.2f} GB" in next(
-        line for line in printed.splitlines() if line.startswith("heun6:")
+        line for line in printed.splitlines() if line.startswith("heun6 (ema, seed 0):")
     )
     assert len((out / "results.jsonl").read_text().splitlines()) == 8
     assert (out / "table.md").read_text() in printed
@@ -101,7 +101,7 @@ def test_an_interrupted_sweep_goes_on(checkpoint, options, monkeypatch):
     assert drawn == ["heun4"]  # its line was not lost behind the half one
     evaluate(checkpoint, n=41, sweep=three, **options)
     evaluate(checkpoint, n=40, sweep=three, seed=1, **options)
-    evaluate(checkpoint, n=40, sweep=three, weights="raw", **options)
+    evaluate(checkpoint, n=40, sweep=three, weights=Names(["raw"]), **options)
     evaluate(checkpoint, n=40, sweep=replace(three, grid=UniformGrid()), **options)
     evaluate(checkpoint, n=40, sweep=three, out=options["out"], scoring=replace(options["scoring"], flip=True))
     assert drawn == ["heun4", "heun3", "heun3", "heun3", "heun3+uniform", "heun3"]

@@ -121,6 +121,10 @@ def test_models_and_data_that_do_not_fit(tmp_path, checkpoint, options, capsys):
         evaluate(
             checkpoint, out=options["out"], scoring=replace(options["scoring"], data=ImageFolder(str(tmp_path), 9))
         )
+    letters = known_model()
+    letters.class_names = tuple("abcdefghij")
+    with pytest.raises(ValueError, match=r"the model's classes are \[a, b, .*, and those of the data \[0, 1, "):
+        evaluate(str(save_run(tmp_path / "letters", letters)), **options)
     unconditional = str(save_run(tmp_path / "unconditional", known_model(num_classes=None)))
     with pytest.raises(ValueError, match="needs a model of the data's 10 classes, and this one has none"):
         evaluate(unconditional, metrics=Names(["class"]), **options)

@@ -115,10 +115,10 @@ def test_features_refuse_what_is_no_image():
 
 def test_weights_that_are_missing_are_named(nowhere, monkeypatch):
     with pytest.raises(ValueError, match=r"no Inception weights file /no/such\.pth"):
-        InceptionFeatures("/no/such.pth")
+        InceptionFeatures("/no/such.pth").to("cpu")
     monkeypatch.setenv(inception.VARIABLE, "/not/here.pth")
     with pytest.raises(ValueError, match=r"no Inception weights file /not/here\.pth .*\$FMLIT_INCEPTION"):
-        InceptionFeatures()
+        InceptionFeatures().to("cpu")
 
 
 def test_without_network_one_line_says_how_to_bring_the_weights(nowhere, monkeypatch):
@@ -127,6 +127,7 @@ def test_without_network_one_line_says_how_to_bring_the_weights(nowhere, monkeyp
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     InceptionFeatures()  # never used: never loaded
+    InceptionFeatures("/no/such.pth")
     with pytest.raises(ValueError, match="cannot be downloaded") as caught:
         InceptionFeatures().to("cpu")
     message = str(caught.value)

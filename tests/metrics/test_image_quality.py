@@ -193,12 +193,12 @@ def test_metrics_that_are_not_offered_are_refused_by_name(tmp_path):
 def test_a_reference_of_other_features_or_sizes_is_refused(tmp_path):
     reference = reference_of(pictures(60, 1), tmp_path)
     network = NetworkFeatures(nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), "net")
-    with pytest.raises(ValueError, match=r"reference holds pixels features \(weights none\).* net features"):
+    with pytest.raises(ValueError, match=r"reference train holds pixels features \(weights none\).* net features"):
         ImageQuality(network, reference)
     theirs = reference_of(pictures(60, 1), tmp_path, network)
     with torch.no_grad():
         network.module[1].bias += 1
-    with pytest.raises(ValueError, match=r"reference holds net features \(weights \w{12}\)"):
+    with pytest.raises(ValueError, match=r"reference train holds net features \(weights \w{12}\)"):
         ImageQuality(NetworkFeatures(network.module, "net"), theirs)
     larger = reference_of(pictures(60, 1, size=5), tmp_path, split="test")
     with pytest.raises(ValueError, match="references of different image sizes"):
