@@ -1,10 +1,9 @@
 """``fmlit export``: a trained model for others to use without its checkpoint."""
 
-from pathlib import Path
 from typing import Any
 
 from fmlit.cli.options import Names
-from fmlit.core.files import new_folder
+from fmlit.core.files import expand, new_folder
 from fmlit.storage import checkpoints, exports
 from fmlit.storage.exports import DType, save
 from fmlit.storage.loading import find_model, load, weights_of
@@ -35,7 +34,7 @@ def export(
     """
     file = find_model(checkpoint, "checkpoint")
     weights = weights_of(file, weights)
-    folder = Path(out) if out else RunFolder.of_checkpoint(file).export
+    folder = expand(out, "out") if out else RunFolder.of_checkpoint(file).export
     model = load(file, weights, trust)
     origin = exports.read_description(file) if file.is_dir() else checkpoints.load(file)
     with new_folder(folder) as partial:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fmlit.cli.options import Names, choose_device
 from fmlit.cli.sampling_options import SamplingOptions
 from fmlit.core.errors import UserError
-from fmlit.core.files import atomic_write, file_errors, new_file, new_folder
+from fmlit.core.files import atomic_write, expand, file_errors, new_file, new_folder
 from fmlit.core.progress import progress
 from fmlit.core.randomness import image_seeds
 from fmlit.core.tensors import to_uint8
@@ -24,7 +24,8 @@ from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.drawing import draw_samples, image_grid
 from fmlit.sampling.generate import deal_labels, generate
 from fmlit.sampling.samplers import SolverName
-from fmlit.storage.loading import find_model, training_data, weights_of
+from fmlit.storage.loading import find_model, weights_of
+from fmlit.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,21 +57,28 @@ class OutputFiles:
     """The files to write.
 
     Args:
-        out: PNG file for the grid of samples, 10000 at most (a plot, if the model makes vectors).
+        out: PNG file for the grid of samples, 10000 at most (a plot, if the model makes vectors); by default the next
+            samples/drawn-001.png, drawn-002.png, ... in the run folder, or beside the checkpoint.
         columns: Images per row of the grid; by default one for each class, or as many as rows.
         save_images: Folder for a PNG of each sample, or an .npz file for all (arr_0: uint8, N x H x W x C).
         trajectory: File for the way of the first samples from noise to data: .png has a row of states for each, .gif is
             an animation.
     """
 
-    out: str = "samples.png"
+    out: str | None = None
     columns: int | None = None
     save_images: str | None = None
     trajectory: str | None = None
 
+    def named(self, run_folder: RunFolder) -> "OutputFiles":
+        """The same files, with a name for the picture."""
+        paths = {name: getattr(self, name) for name in ("out", "save_images", "trajectory")}
+        expanded: dict[str, Any] = {name: str(expand(path, name)) for name, path in paths.items() if path is not None}
+        return replace(self, **{"out": str(run_folder.next_drawing()), **expanded})
+
     def check(self, shape: Sequence[int]) -> None:
         """Raise a UserError where a file cannot be written, or not of samples of this shape."""
-        picture = new_file(self.out, ".png")
+        picture = new_file(str(self.out), ".png")
         if self.trajectory is None:
             return
         if new_file(self.trajectory, ".png", ".gif") == picture:
@@ -123,8 +131,9 @@ def sample(
     (chosen,) = sampler.build([sampler.solver], [sampler.steps], [sampler.guidance])
     model, guide = sampler.load(file, weights, compile, trust, where)
     chosen.check(model, guide)
+    files = files.named(RunFolder.of_checkpoint(file))
     files.check(model.shape)
-    classes = choose_classes(model, labels, file, trust)
+    classes = choose_classes(model, labels)
     dealt, name = deal_labels(model, n, classes), chosen.named(guided=guide is not None)
     kinds = 0 if classes is None else len(classes)
     columns = files.columns or (kinds if 0 < kinds <= MOST_COLUMNS else math.isqrt(n - 1) + 1)
@@ -135,7 +144,7 @@ def sample(
         samples = torch.cat([batch.cpu() for _, batch in progress(batches, math.ceil(n / size), name)])
         with file_errors(str(files.save_images)):
             save(samples, dealt)
-    _write(draw_samples(samples[:SHOWN], columns), Path(files.out))
+    _write(draw_samples(samples[:SHOWN], columns), Path(str(files.out)))
     if files.trajectory is not None:
         indices = torch.arange(min(n, ANIMATED))
         first = None if dealt is None else dealt[: len(indices)]
@@ -145,10 +154,8 @@ def sample(
     return {**files.written(), **summary, "seconds": round(time.perf_counter() - started, 2)}
 
 
-def choose_classes(
-    model: GenerativeModel, labels: Sequence[str] | None, file: Path, trust: Sequence[str]
-) -> Tensor | None:
-    """Class ids, of numbers as they are and of names by the data set that the checkpoint was trained on.
+def choose_classes(model: GenerativeModel, labels: Sequence[str] | None) -> Tensor | None:
+    """Class ids, by the names of the model's classes, or as they are unless a name is a number too.
 
     All classes for None; None for a model without classes. Raises UserError for a class that there is not.
     """
@@ -158,15 +165,15 @@ def choose_classes(
         return None
     if labels is None:
         return torch.arange(model.num_classes)
-    ids = {str(class_id): class_id for class_id in range(model.num_classes)}
-    names: Sequence[str] = []
-    if not all(label.isdecimal() for label in labels) and not file.is_dir():  # an export has none
-        names = training_data(file, trust).class_names or []
-    ids |= {name: class_id for class_id, name in enumerate(names) if name not in ids}
+    names = model.class_names or ()
+    ids = {name: class_id for class_id, name in enumerate(names)}
+    if not any(name.isdecimal() for name in names):
+        ids |= {str(class_id): class_id for class_id in range(model.num_classes)}
     for label in labels:
         if label not in ids:
-            known = f"0 to {model.num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
-            raise UserError(f"labels: there is no class {label!r} in this model; choose from {known}")
+            numbers = f"0 to {model.num_classes - 1}" if "0" in ids and "0" not in names else ""
+            choices = ", or ".join(filter(None, [numbers, ", ".join(names)]))
+            raise UserError(f"labels: there is no class {label!r} in this model; choose from {choices}")
     return torch.tensor([ids[label] for label in labels])
 
 

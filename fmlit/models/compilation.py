@@ -1,6 +1,7 @@
 """``torch.compile`` for a network, in place: its parameters keep their names, and a failure ends in plain PyTorch."""
 
 import logging
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +59,8 @@ def compile_net(net: nn.Module, mode: CompileMode) -> None:
         mode: of ``torch.compile``; "reduce-overhead" and "max-autotune" use CUDA graphs.
     """
     compile_backward_early()
+    # diffusers asks for torch's version behind a cache, which compiled code may do without.
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
     plain, failed = plain_call(net), False
     compiled = torch.compile(plain, mode=mode, dynamic=False)
 

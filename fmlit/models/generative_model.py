@@ -27,6 +27,7 @@ class GenerativeModel(nn.Module):
         num_classes: number of classes, or None for an unconditional model. The null label is ``num_classes``.
         coupled: whether the model was trained on paired noise and data (see ``couplings.py``). Its velocity, noise and
             data remain valid. Its ``score`` does not, because p_t(x | z) is no longer N(alpha z, beta^2 I).
+        class_names: the names of the classes by id, if they have names.
     """
 
     def __init__(
@@ -37,16 +38,27 @@ class GenerativeModel(nn.Module):
         shape: Sequence[int],
         num_classes: int | None = None,
         coupled: bool = False,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        for name, part, kind in (
+            ("net", net, nn.Module),
+            ("path", path, GaussianPath),
+            ("prediction", prediction, Prediction),
+        ):
+            if not isinstance(part, kind):
+                raise UserError(f"{name} must be a {kind.__qualname__}, got a {type(part).__qualname__}")
         if num_classes is not None and num_classes < 1:
             raise UserError(f"num_classes must be at least 1, or None for an unconditional model, got {num_classes}")
         if getattr(net, "num_classes", num_classes) != num_classes:
             raise UserError(
                 f"{type(net).__name__} has num_classes={net.num_classes}, the model {num_classes}: make them equal"
             )
+        if class_names is not None and len(class_names) != num_classes:
+            raise UserError(f"there are {len(class_names)} class_names for {num_classes or 'no'} classes")
         self.net, self.path, self.prediction = net, path, prediction
         self.shape, self.num_classes, self.coupled = tuple(shape), num_classes, coupled
+        self.class_names = None if class_names is None else tuple(class_names)
         self.dtype: torch.dtype | None = None  # of the network's arithmetic, or None for the caller's
 
     @property
@@ -62,7 +74,8 @@ class GenerativeModel(nn.Module):
 
     def with_net(self, net: nn.Module) -> "GenerativeModel":
         """The same model with another network, such as an averaged copy. Nothing is copied."""
-        return GenerativeModel(net, self.path, self.prediction, self.shape, self.num_classes, self.coupled)
+        arguments = self.shape, self.num_classes, self.coupled, self.class_names
+        return GenerativeModel(net, self.path, self.prediction, *arguments)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The raw output of the network at x."""

@@ -1,6 +1,7 @@
 """Samples as pictures: grids of images, and plots of vectors."""
 
 import io
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ def image_grid(images: Tensor, columns: int) -> "Image":
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
-    factor = max(1, CELL // images.shape[-1])
+    factor = math.ceil(CELL / images.shape[-1])
     enlarged = images.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
     return to_pil_image(make_grid(enlarged.cpu(), nrow=columns, padding=2, pad_value=255))
 

@@ -4,6 +4,7 @@ Image i owns its noise (see ``randomness.py``) and batches are fixed. So with a 
 bit for bit, for any number of processes.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
@@ -32,6 +33,7 @@ else:  # what the command line offers is what the records hold
     ODEMethod = Literal[solver_names("ODE", "exponential")]
     SDEMethod = Literal[solver_names("SDE")]
     SolverName = Literal[solver_names()]
+MOST_DATA = 0.1  # alpha where sampling starts: with unit variance, noise alone is then off by half a percent
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -93,7 +95,13 @@ class Sampler(ABC):
             )
         if self.guidance != 1 and guide is None and model.num_classes is None:
             raise UserError(f"guidance {self.guidance:g} needs a class-conditional model, or a guide")
-        self.times(model)
+        start = self.times(model)[:1]
+        if (kept := float(model.path.alpha(start))) > MOST_DATA:
+            warnings.warn(
+                f"sampling starts from noise alone, and {model.path!r} still holds {kept:.2f} of the data at "
+                f"t = {round(float(start), 4):g}: samples will be off; choose a path whose alpha begins near 0",
+                stacklevel=2,
+            )
 
     def times(self, model: GenerativeModel) -> Tensor:
         """The grid for a model, strictly increasing, float64. Raises a UserError where it needs more steps."""

@@ -13,8 +13,9 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from fmlit.core.errors import FileError, UserError
-from fmlit.core.files import HashingWriter, atomic_write, read_hashes, sha256, write_hashes
+from fmlit.core.errors import FileError, UserError, first_line
+from fmlit.core.files import HashingWriter, atomic_write, check_owner, read_hashes, remove, sha256, write_hashes
+from fmlit.storage.descriptions import check_depth
 from fmlit.storage.run_folder import LAST
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError("storage_options are for remote storage; AtomicCheckpointIO writes local files")
         path = _local(path)
+        check_owner(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(path.parent)
@@ -64,8 +66,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: StrPath) -> None:
         """Remove a checkpoint and its sidecar."""
-        super().remove_checkpoint(path)
-        _sidecar(_local(path)).unlink(missing_ok=True)
+        remove(_local(path))
+        remove(_sidecar(_local(path)))
 
 
 def find_damage(path: StrPath) -> str:
@@ -104,7 +106,7 @@ def newest_valid(folder: StrPath) -> Path:
             checkpoint = _read(path)  # the tensors stay on the disk
             progress = [int(checkpoint.get(key) or 0) for key in ("images_seen", "global_step")]
             found.append((progress, path.name == LAST, path))
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # it may hold anything
             skipped += 1
             log.warning("skipped a checkpoint: %s", error)
     for _, _, path in sorted(found, reverse=True):
@@ -154,10 +156,17 @@ def _read(path: Path, map_location: Any = "cpu", mmap: bool = True) -> dict[str,
         if foreign := _foreign_objects(path):
             problem = f"is refused: it holds {foreign}, which could run code; only tensors and plain values are loaded"
         else:
-            problem = f"cannot be read: {str(error).splitlines()[0]}"
+            reason = first_line(error)
+            if "weights_only" in str(error):  # torch then proposes to run whatever the file holds
+                reason = "it holds something other than tensors and plain values"
+            problem = f"cannot be read: {reason}"
         raise UserError(f"checkpoint {path} {problem}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__qualname__}, not a checkpoint")
+    try:
+        check_depth(checkpoint)
+    except UserError as error:
+        raise UserError(f"checkpoint {path} is refused: {error}") from error
     return checkpoint
 
 
@@ -191,7 +200,7 @@ def _record(path: Path, digests: list[str]) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """Clean up after a killed save."""
     for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
+        remove(path)
     for path in folder.glob("*.ckpt.sha256"):
         if not os.path.lexists(path.with_suffix("")):
-            path.unlink()
+            remove(path)

@@ -10,22 +10,27 @@ Checkpoints come from strangers: ``build`` takes a description for what it is, a
 
 import importlib
 import inspect
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import fmlit
 from fmlit.core.errors import UserError
 from fmlit.data.data_module import DataModule
 from fmlit.flows.paths import GaussianPath
 from fmlit.flows.predictions import Prediction
+from fmlit.models.generative_model import GenerativeModel
 
 Description = dict[str, Any]
 
 BASES = (GaussianPath, Prediction, nn.Module, DataModule)  # what a model is made of, and what it was trained on
 UNET2D = "diffusers.UNet2DModel"
+MAX_DEPTH = 100  # of plain data in a file: Python's own recursion ends at 1,000
 
 
 def describe(obj: Any) -> Description:
@@ -89,20 +94,115 @@ def build(description: Description, trust: Sequence[str] = (), kind: type = obje
         UserError: a class outside of these, an unknown or unfit argument, an object of another kind, or something that
             is no description.
     """
+    built = _construct(description, _classes(description, trust))
+    if not isinstance(built, kind):
+        raise UserError(f"it describes a {type(built).__qualname__}, not a {kind.__qualname__}")
+    return built
+
+
+def build_model(description: Description, weights: Mapping[str, Tensor], trust: Sequence[str] = ()) -> GenerativeModel:
+    """The model that ``describe`` described, with these weights of its network.
+
+    Where all classes are those of fmlit and diffusers, the model is first built without memory, on torch's device
+    "meta". So a description of something huge costs nothing.
+
+    Raises:
+        UserError: as for ``build``, or weights that are none, or do not fit the network.
+    """
+    check_tensors(weights)
+    classes = _classes(description, trust)
+    if all(_is_within(cls.__module__, ("fmlit", "diffusers")) for cls in classes.values()):
+        with torch.device("meta"), _no_larger_than(weights):
+            rehearsed = build(description, trust, GenerativeModel)
+        _check_fit(weights, rehearsed.net.state_dict())
+    model = build(description, trust, GenerativeModel)
+    _check_fit(weights, model.net.state_dict())
+    model.net.load_state_dict(weights)
+    return model
+
+
+def check_depth(value: Any) -> None:
+    """Raise a UserError for plain data that are nested deeper than any that fmlit writes."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for part in level if isinstance(part, (dict, list, tuple)) for item in _items(part)]
+        if not level:
+            return
+    raise UserError(f"its data are nested more than {MAX_DEPTH} deep")
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values()) if isinstance(container, dict) else list(container)
+
+
+def check_tensors(weights: Any) -> None:
+    """Raise a UserError for weights that are no dict of plain tensors, or are not all stored."""
+    if not isinstance(weights, Mapping):
+        raise UserError(f"its weights are a {type(weights).__qualname__}, not a dict of tensors")
+    stored, numbers = {}, 0
+    for name, tensor in weights.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise UserError(f"its weight {_shorten(name)} is a {type(tensor).__qualname__}, not a tensor")
+        dense = tensor.layout is torch.strided and tensor.device.type != "meta"
+        if not dense or tensor.is_nested or tensor.is_quantized:
+            raise UserError(f"its weight {_shorten(name)} is not a plain tensor")
+        storage, numbers = tensor.untyped_storage(), numbers + tensor.numel()
+        stored[storage.data_ptr()] = storage.nbytes()
+    if numbers > sum(stored.values()):  # a view of one number may have any shape
+        raise UserError(f"its weights have {numbers:,} numbers, and it stores {sum(stored.values()):,} bytes of them")
+
+
+@contextmanager
+def _no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """End the construction of a network that has far more parameters than there are weights."""
+    left = 2 * len(weights) + 100  # a constructor may replace parameters
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError(f"its weights do not fit the network that it describes: {len(weights)} are too few")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    problems = {
+        "missing": [name for name in wanted if name not in given],
+        "unexpected": [name for name in given if name not in wanted],
+        "of another shape": [name for name in wanted if name in given and given[name].shape != wanted[name].shape],
+    }
+    found = [
+        f"{len(names)} {kind} ({', '.join(name[:100] for name in names[:3])})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found:
+        raise UserError(f"its weights do not fit the network that it describes: {'; '.join(found)}")
+
+
+def class_paths(description: Any) -> list[str]:
+    """All names of classes in a description. A UserError for anything that is no description."""
     if not (isinstance(description, dict) and "class_path" in description):
         raise UserError(f"a description is a dict with class_path and init_args, got {_shorten(description)}")
+    check_depth(description)
+    return [nested["class_path"] for nested in _nested(description)]
+
+
+def _classes(description: Description, trust: Sequence[str]) -> dict[str, type]:
+    """All classes that a description names, once all of them are found to be allowed."""
     trust = [trust] if isinstance(trust, str) else trust
-    class_paths = [nested["class_path"] for nested in _nested(description)]
-    for class_path in class_paths:
+    named_classes = class_paths(description)
+    for class_path in named_classes:
         module, _, name = class_path.rpartition(".")
         named = class_path == UNET2D or (module == "fmlit" and name in fmlit.PUBLIC) or _is_within(module, trust)
         if not (named and all(part.isidentifier() for part in class_path.split("."))):
             raise _refusal(class_path)
-    classes = {class_path: _import(class_path, trust) for class_path in class_paths}
-    built = _construct(description, classes)
-    if not isinstance(built, kind):
-        raise UserError(f"it describes a {type(built).__qualname__}, not a {kind.__qualname__}")
-    return built
+    return {class_path: _import(class_path, trust) for class_path in named_classes}
 
 
 def _nested(value: Any) -> Iterator[Description]:
@@ -154,7 +254,7 @@ def _construct(value: Any, classes: dict[str, type]) -> Any:
         arguments_fit = not isinstance(error, UserError) and _accepts(cls, arguments)
         if arguments_fit and not _is_within(cls.__module__, ("fmlit", "diffusers")):
             raise  # a bug in a class of the user's own
-        message = " ".join(str(error).split())
+        message = textwrap.shorten(str(error), 600)
         raise UserError(f"{value['class_path']} cannot be built from its description: {message}") from error
 
 
@@ -179,5 +279,5 @@ def _refusal(class_path: str) -> UserError:
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 120 else f"{text[:117]}..."

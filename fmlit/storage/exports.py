@@ -95,15 +95,11 @@ def load(folder: str | Path, trust: Sequence[str] = (), device: torch.device | s
     folder = Path(folder)
     try:
         description, weights = read_description(folder)["model"], _read_weights(folder)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise _not_exported(folder, error) from error
     try:
-        model = descriptions.build(description, trust, GenerativeModel)
+        model = descriptions.build_model(description, weights, trust)
     except UserError as error:  # any other error is a bug in a class of the user's own
-        raise _not_exported(folder, error) from error
-    try:
-        model.net.load_state_dict(weights)
-    except RuntimeError as error:
         raise _not_exported(folder, error) from error
     return model.to(device).float().eval()
 
@@ -116,7 +112,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """What is known of an exported model: the class and arguments of each part, and which weights these are."""
     try:
         return dict(json.loads((folder / DESCRIPTION).read_text()))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{folder / DESCRIPTION} cannot be read: {error}") from error
 
 
@@ -154,9 +150,15 @@ def readme(model: GenerativeModel, dtype: DType = "float32") -> str:
     """What somebody who has the folder alone needs to know of shapes, labels, time, path and prediction."""
     labels = "It is unconditional."
     if model.num_classes is not None:
-        labels = f"It knows the classes 0 to {model.num_classes - 1}; label {model.null_label} stands for none of them."
+        known = ", ".join(f"{label} {name}" for label, name in enumerate(model.class_names or ()))
+        known = f" ({known})" if known else ""
+        labels = f"It knows the classes 0 to {model.num_classes - 1}{known}; label {model.null_label} stands for none."
     stored = "" if dtype == "float32" else f" Its weights are stored in {dtype} and loaded as float32."
-    meanings = "\n\n".join(f"`{part}`\n\n{inspect.getdoc(part)}" for part in (model.path, model.prediction))
+    parts = [(descriptions.describe(part), inspect.getdoc(part)) for part in (model.path, model.prediction)]
+    meanings = "\n\n".join(f"`{_written(description)}`\n\n{meaning or ''}" for description, meaning in parts)
+    foreign = {path.partition(".")[0] for path in descriptions.class_paths(descriptions.describe(model))}
+    trust = ", ".join(f'"{package}"' for package in sorted(foreign - {"fmlit", "diffusers"}))
+    load = f'fmlit.load(".", trust=[{trust}])' if trust else 'fmlit.load(".")'
     diffusers = _with_diffusers(model) if isinstance(model.net, UNet) else ""
     return f"""# A generative model
 
@@ -169,12 +171,17 @@ noise.
 
 ```python
 import fmlit
-from fmlit.core.randomness import image_seeds
 
-model = fmlit.load(".")
-samples = fmlit.ODESampler().sample(model, image_seeds(0, range(16)))
+model = {load}
+samples = fmlit.sample(model, n=16)
 ```
 {diffusers}"""
+
+
+def _written(description: dict[str, Any]) -> str:
+    """A description as the call that builds it."""
+    name = description["class_path"].removeprefix("fmlit.")
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in description['init_args'].items())})"
 
 
 def _with_diffusers(model: GenerativeModel) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fmlit.core.errors import UserError
+from fmlit.core.files import expand
 from fmlit.data.data_module import DataModule
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage import checkpoints, descriptions, exports
@@ -46,7 +47,7 @@ def find_model(path: StrPath, option: str | None = None) -> Path:
     Raises:
         UserError: there is none. The message names the ``option`` of the command line that was given the path.
     """
-    found = Path(path).expanduser()
+    found = expand(path, option or "")
     if (found / exports.DESCRIPTION).is_file():
         return found
     file = RunFolder(found).last if found.is_dir() else found
@@ -75,39 +76,28 @@ def _load_checkpoint(path: Path, weights: str, trust: Sequence[str]) -> Generati
     if "model_description" not in checkpoint:
         raise UserError(f"checkpoint {path} does not describe its model: it was not written by an fmlit module")
     try:
-        model = descriptions.build(checkpoint["model_description"], trust, GenerativeModel)
-    except UserError as error:
+        return descriptions.build_model(checkpoint["model_description"], _select_weights(checkpoint, weights), trust)
+    except UserError as error:  # any other error is a bug in a class of the user's own
         raise UserError(f"checkpoint {path}: {error}") from error
-    try:
-        state = _select_weights(checkpoint, weights)
-        _check_fit(state, model.net.state_dict())
-    except (AttributeError, TypeError, ValueError) as error:  # a forged file may hold anything under these names
-        raise UserError(f"checkpoint {path}: {error}") from error
-    model.net.load_state_dict(state)
-    return model
 
 
 def _select_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Any]:
     """The state dict of the net."""
     if weights == "raw":
-        trained = checkpoint.get("state_dict", {})
+        trained = _dict(checkpoint, "state_dict")
         return {name.removeprefix("model.net."): v for name, v in trained.items() if name.startswith("model.net.")}
-    averaged = checkpoint.get("ema") or {}
+    averaged = _dict(checkpoint, "ema")
     name = next(iter(averaged), weights) if weights == "ema" and "ema" not in averaged else weights
     if name not in averaged:
         raise UserError(f"it holds no weights {weights!r}; choose one of: {', '.join(['raw', *averaged])}")
     return averaged[name]
 
 
-def _check_fit(given: dict[str, Any], wanted: dict[str, Any]) -> None:
-    problems = {
-        "missing": [name for name in wanted if name not in given],
-        "unexpected": [name for name in given if name not in wanted],
-        "of another shape": [name for name in wanted if name in given and given[name].shape != wanted[name].shape],
-    }
-    found = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
-    if found:
-        raise UserError(f"its weights do not fit the network that it describes: {'; '.join(found)}")
+def _dict(checkpoint: dict[str, Any], key: str) -> dict[str, Any]:
+    value = checkpoint.get(key) or {}
+    if not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
+        raise UserError(f"its {key} is a {type(value).__qualname__}, and not a dict of names")
+    return value
 
 
 def training_data(checkpoint: Path | None, trust: Sequence[str] = ()) -> DataModule:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fmlit import ImageFolder, TwoPoints
+import fmlit
+from fmlit import TwoPoints
 from fmlit.cli import sample as sampling
+from fmlit.cli.export import export
 from fmlit.cli.options import Integers, Names, run
-from fmlit.cli.sample import OutputFiles, SamplerOptions
+from fmlit.cli.sample import OutputFiles, SamplerOptions, choose_classes
 from fmlit.core.files import new_folder
 from fmlit.core.randomness import image_noise, image_seeds
 from fmlit.core.tensors import to_uint8
@@ -101,20 +103,36 @@ def test_trajectories_run_from_noise_to_samples(checkpoint, tmp_path):
         assert animation.info["loop"] == 0
 
 
-def test_classes_by_id_and_by_name(tmp_path):
-    pictures = tmp_path / "pictures"
-    for name in ("cat", "dog"):
-        (pictures / name).mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(pictures / name / "a.png")
-    run_folder = save_run(tmp_path / "run", known_model((3, 8, 8), 2), ImageFolder(str(pictures), 8))
-    file, model = run_folder / "checkpoints" / "last.ckpt", known_model((3, 8, 8), 2)
-    assert sampling.choose_classes(model, ["dog", "cat", "1"], file, ()).tolist() == [1, 0, 1]
+def _named(*names):
+    model = known_model((3, 8, 8), len(names))
+    model.class_names = names
+    return model
+
+
+def test_classes_by_id_and_by_name():
+    model = _named("cat", "dog")
+    assert choose_classes(model, ["dog", "cat", "1"]).tolist() == [1, 0, 1]
     with pytest.raises(ValueError, match="no class 'cow' in this model; choose from 0 to 1, or cat, dog"):
-        sampling.choose_classes(model, ["cat", "cow"], file, ())
-    pictures.rename(tmp_path / "gone")
-    assert sampling.choose_classes(model, ["1"], file, ()).tolist() == [1]  # ids do not need the data
-    with pytest.raises(ValueError, match=r"training data of .* cannot be built \(.*no folder"):
-        sampling.choose_classes(model, ["cat"], file, ())
+        choose_classes(model, ["cat", "cow"])
+    assert choose_classes(known_model((3, 8, 8), 2), ["1"]).tolist() == [1]
+    with pytest.raises(ValueError, match=r"no class 'cat' in this model; choose from 0 to 1$"):
+        choose_classes(known_model((3, 8, 8), 2), ["cat"])
+
+
+def test_a_class_whose_name_is_a_number_goes_by_its_name():
+    model = _named("1", "10", "2")  # folders, as they are sorted
+    assert choose_classes(model, ["10", "2"]).tolist() == [1, 2]
+    with pytest.raises(ValueError, match=r"no class '0' in this model; choose from 1, 10, 2$"):
+        choose_classes(model, ["0"])
+
+
+def test_names_of_classes_travel_with_checkpoint_and_export(tmp_path):
+    run_folder = save_run(tmp_path / "run", _named("cat", "dog"))
+    export(str(run_folder), out=str(tmp_path / "export"))
+    for source in (run_folder, tmp_path / "export"):
+        sampling.sample(str(source), n=2, labels=["dog"], files=OutputFiles(str(tmp_path / "dog.png")))
+        assert fmlit.load(source).class_names == ("cat", "dog")
+    assert "0 cat, 1 dog" in (tmp_path / "export" / "README.md").read_text()
 
 
 def test_vectors(tmp_path, capsys):

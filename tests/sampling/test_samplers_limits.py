@@ -1,17 +1,20 @@
 """Where samplers may walk, and what they refuse before the first step."""
 
+import warnings
+
 import pytest
 import torch
 
 from fmlit.core.randomness import image_seeds
 from fmlit.flows.diffusions import BetaDiffusion, ConstantDiffusion, ReverseDiffusion
 from fmlit.flows.mixtures import GaussianMixture
-from fmlit.flows.paths import CondOTPath, VPPath
+from fmlit.flows.paths import CondOTPath, CosinePath, PolynomialPath, VPPath
 from fmlit.flows.predictions import Noise, Velocity
 from fmlit.models.generative_model import GenerativeModel
 from fmlit.sampling.grids import EDMGrid, LogitSNRGrid, UniformGrid
 from fmlit.sampling.samplers import ChurnSampler, ODESampler, SDESampler
 from fmlit.training.callbacks import QualityCurve, SampleGrid
+from tests.helpers.known_model import known_model
 from tests.helpers.oracle import oracle_model
 from tests.helpers.small_runs import digits_module, fit, tiny_mlp
 
@@ -105,3 +108,13 @@ def test_a_diffusion_is_lowered_only_where_steps_could_not_follow_it():
     for diffusion in (BetaDiffusion(), BetaDiffusion(5.0), ReverseDiffusion()):
         for t in fine[:-1, None]:
             assert torch.equal(diffusion.along(path, fine)(x, t), diffusion.along(path)(x, t))
+
+
+def test_a_path_that_begins_with_data_is_named_before_noise_alone_is_taken_for_its_start():
+    with pytest.warns(UserWarning, match=r"VPPath\(rate_min=0.5, rate_max=5.0\) still holds 0.25 of the data at t = 0"):
+        ODESampler().check(known_model(path=VPPath(0.5, 5.0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in (CondOTPath(), CosinePath(), PolynomialPath(3), VPPath()):
+            ODESampler().check(known_model(path=path))
+            SDESampler().check(known_model(path=path))

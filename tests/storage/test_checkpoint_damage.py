@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -128,3 +129,16 @@ def test_pickle_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, new_format
     assert not payload.exists()
     pickle.loads(pickle.dumps(forged["callbacks"]))  # the payload would have worked
     assert payload.exists()
+
+
+def test_no_message_proposes_to_run_what_a_file_holds(tmp_path):
+    """torch's own says how, where a pickle inside an intact archive is not one."""
+    torch.save(checkpoint(5), tmp_path / "intact.ckpt")
+    with zipfile.ZipFile(tmp_path / "intact.ckpt") as old, zipfile.ZipFile(tmp_path / "last.ckpt", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            new.writestr(name, content[: len(content) // 2] + b"x" if name.endswith("data.pkl") else content)
+    with pytest.raises(ValueError, match=r"last.ckpt cannot be read: ") as error:
+        load(tmp_path / "last.ckpt")
+    assert "weights_only" not in str(error.value)
+    assert "trust" not in str(error.value)

@@ -55,6 +55,7 @@ def test_description_of_a_model_is_what_the_docs_say():
             "shape": (2,),
             "num_classes": 3,
             "coupled": False,
+            "class_names": None,
         },
     }
 

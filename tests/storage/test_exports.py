@@ -17,9 +17,10 @@ from fmlit import Digits, solvers
 from fmlit.cli.export import export as export_command
 from fmlit.cli.main import main
 from fmlit.cli.options import run
-from fmlit.flows.paths import CondOTPath, GaussianPath, VPPath
-from fmlit.flows.predictions import Noise, PreconditionedVelocity, Prediction, Velocity
+from fmlit.flows.paths import CondOTPath, CosinePath, GaussianPath, PolynomialPath, VPPath
+from fmlit.flows.predictions import Data, Noise, PreconditionedVelocity, Prediction, Score, Velocity
 from fmlit.models.generative_model import GenerativeModel
+from fmlit.models.mlp import MLP
 from fmlit.models.unet import UNet
 from fmlit.storage import exports
 from tests.helpers.known_model import known_model, save_run
@@ -120,6 +121,38 @@ def test_the_readme_of_other_predictions_gives_the_bare_output(tmp_path, monkeyp
     assert repr(exports.load(tmp_path).prediction) == repr(prediction)
 
 
+PATHS = [CondOTPath(), CosinePath(), PolynomialPath(2), VPPath()]
+PREDICTIONS = [Velocity(), Noise(), Data(), Score(), PreconditionedVelocity()]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
+def test_the_readme_samples_every_prediction_on_every_path(path, prediction, tmp_path, monkeypatch):
+    exports.save(GenerativeModel(MLP((2,), width=8, depth=1), path, prediction, (2,)), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code_blocks(tmp_path)[0], names)
+    assert names["samples"].shape == (16, 2)
+    assert names["samples"].isfinite().all()
+
+
+class SquarePath(PolynomialPath):
+    """Somebody's path."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+
+def test_the_readme_of_somebodys_own_classes_trusts_their_package(tmp_path, monkeypatch):
+    exports.save(known_model(path=SquarePath()), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert f"`{__name__}.SquarePath()`\n\nSomebody's path." in text
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code_blocks(tmp_path)[0], names)
+    assert type(names["model"].path) is SquarePath
+
+
 def test_other_networks_have_no_folder_for_diffusers(tmp_path, points):
     model = known_model()
     exports.save(model, tmp_path)
@@ -160,7 +193,7 @@ def test_folders_that_do_not_hold_a_model(tmp_path):
         (tmp_path / "model.json").write_text(json.dumps(description))
 
     described("fmlit.MLP", shape=[1, 8, 8], num_classes=10, width=16, depth=1)
-    with pytest.raises(ValueError, match="size mismatch"):
+    with pytest.raises(ValueError, match="16 of another shape"):
         exports.load(tmp_path)
     described("os.system", command="touch owned")
     with pytest.raises(ValueError, match=r"'os\.system' is refused"):

@@ -40,9 +40,15 @@ class Beginning:
             self.weights = {name: value.clone() for name, value in module.model.net.state_dict().items()}
             self.images_seen, self.step = module.images_seen, module.trainer.global_step
             self.optimizer = module.trainer.optimizers[0].state_dict()["state"]
-            self.rate = module.trainer.optimizers[0].param_groups[0]["lr"]
+
+        set_rate, self.rates = GenerativeModule.on_before_optimizer_step, []
+
+        def on_before_optimizer_step(module: GenerativeModule, optimizer: torch.optim.Optimizer) -> None:
+            set_rate(module, optimizer)
+            self.rates.append(optimizer.param_groups[0]["lr"] / module.optimizer.learning_rate)
 
         monkeypatch.setattr(GenerativeModule, "on_train_start", on_train_start)
+        monkeypatch.setattr(GenerativeModule, "on_before_optimizer_step", on_before_optimizer_step)
 
 
 @pytest.fixture
@@ -78,7 +84,7 @@ def test_a_new_run_starts_with_the_average_of_the_source_and_nothing_else(given,
     assert not same(beginning.weights, raw)
     assert (beginning.images_seen, beginning.step) == (0, 0)
     assert beginning.optimizer == {}
-    assert beginning.rate == 0  # the warm-up begins anew
+    assert beginning.rates[-1] == pytest.approx((160 - 160 / len(beginning.rates) / 2) / 1000)  # warms up anew
 
 
 def test_averages_start_from_these_weights_too(source, tmp_path):
