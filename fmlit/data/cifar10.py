@@ -1,7 +1,6 @@
 """CIFAR-10, through torchvision."""
 
 from functools import cached_property
-from pathlib import Path
 
 import torch
 
@@ -41,11 +40,11 @@ class CIFAR10(PublishedData):
         published = self.published
         meta = published.meta["filename"], published.meta["md5"]
         checksums = dict([*published.train_list, *published.test_list, meta])
-        return OfficialFiles("CIFAR-10", Path(self.root), published.base_folder, checksums, "md5")
+        return OfficialFiles("CIFAR-10", self.folder, published.base_folder, checksums, "md5")
 
     def load(self, split: Split) -> InMemoryDataset:
         try:
-            data = self.published(self.root, train=split == "train")  # compares MD5 sums before it unpickles
+            data = self.published(self.folder, train=split == "train")  # compares MD5 sums before it unpickles
         except RuntimeError:
             self.files.check()  # names the file
             raise

@@ -53,6 +53,11 @@ class DataModule(LightningDataModule, ABC):
         """Number of classes; None for data without classes, whose labels are all 0."""
         return None if self.class_names is None else len(self.class_names)
 
+    @property
+    def title(self) -> str:
+        """What a run says of its data when it starts."""
+        return type(self).__name__
+
     def dataset(self, split: Split) -> LabeledDataset:
         """The unaugmented items of a split in their fixed order: pairs of uint8 image or float vector, and class id."""
         if split not in get_args(Split):
@@ -64,6 +69,12 @@ class DataModule(LightningDataModule, ABC):
     def fingerprint(self, split: Split) -> str:
         """16 hexadecimal digits that change when the items do: a cache key for what is computed from them."""
         return self.dataset(split).fingerprint()
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these training items from others: their number, and a fingerprint. A run keeps it."""
+        dataset = self.dataset("train")
+        known = isinstance(dataset, LabeledDataset)  # what somebody's own ``load`` returns may have no fingerprint
+        return {"items": len(dataset), "fingerprint": dataset.fingerprint() if known else None}
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches ``{"data": (share, *shape), "labels": int64 (share,)}``, starting where training stands.

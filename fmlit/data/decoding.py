@@ -1,6 +1,7 @@
 """Picture files of any origin to square uint8 RGB tensors; a broken file is named, and none can execute anything."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from fmlit.core.errors import FileError, UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pillow looks at the contents, not at the name: without this list, PostScript under a name ending in .png would be
 # handed to Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_MEGAPIXELS = 100.0  # 0.3 GB once decoded. A file of half a megabyte can hold more, and takes half a minute
 
 
 def find_pictures(folder: str | Path) -> list[str]:
@@ -23,50 +25,69 @@ def find_pictures(folder: str | Path) -> list[str]:
     Raises:
         UserError: the folder is not there, or there is no picture in it.
     """
+    return list_files(folder)[0]
+
+
+def list_files(folder: str | Path) -> tuple[list[str], Counter[str]]:
+    """``find_pictures``, and how many other files there are of each ending. Each real folder counts once.
+
+    Links are followed after all else, so that a link to a folder that lies here as well does not take its place.
+    """
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}: give the folder that holds the pictures")
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        above = [os.path.realpath(p) for p in (Path(parent), *Path(parent).parents)]
-        shown = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in shown if not _leads_back(Path(parent, name), above)]
-        pictures = [name for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-        found += [Path(parent, name).relative_to(folder).as_posix() for name in pictures]
+    found, others, seen = [], Counter[str](), set()
+    folders, links = [(str(folder), "")], list[tuple[str, str]]()
+    while folders or links:
+        place, name = (folders or links).pop()
+        if (real := os.path.realpath(place)) in seen:
+            continue
+        seen.add(real)
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                path = f"{name}{entry.name}"
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append((entry.path, f"{path}/"))
+                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():  # no pipe, no device
+                    found.append(path)
+                else:
+                    others[Path(path).suffix.lower() or "without an ending"] += 1
     if not found:
         raise UserError(f"there are no pictures in {folder}: fmlit reads {', '.join(EXTENSIONS)}")
-    return sorted(found)
-
-
-def _leads_back(folder: Path, above: list[str]) -> bool:
-    """Whether a link leads to a folder above it, and would be walked through again and again."""
-    return folder.is_symlink() and any(Path(place).is_relative_to(os.path.realpath(folder)) for place in above)
+    return sorted(found), others
 
 
 @contextmanager
-def open_picture(path: str | Path) -> Iterator[Any]:
+def open_picture(path: str | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Iterator[Any]:
     """The Pillow image in a file. Whatever fails inside the block becomes a ``FileError`` that names the file."""
     from PIL import Image
 
+    pillows, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours takes its place
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > 1e6 * max_megapixels:
+                raise UserError(f"{image.width}x{image.height} pixels, and the limit is {max_megapixels:g} megapixels")
             yield image
     except Exception as error:  # a decoder of arbitrary bytes may raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileError(f"cannot read the picture {path} ({reason}): repair or remove it") from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = pillows
 
 
-def read_picture(path: str | Path, size: int) -> Tensor:
+def read_picture(path: str | Path, size: int, max_megapixels: float = MAX_MEGAPIXELS) -> Tensor:
     """One picture as uint8 (3, size, size): upright by its EXIF tag, on white where transparent, the central square.
 
     The shorter side becomes ``size`` by Lanczos resampling, which averages over all source pixels when it shrinks.
 
     Raises:
-        FileError: the file is not a picture, is damaged, truncated or absurdly large.
+        FileError: the file is not a picture, is damaged or truncated, or has more pixels than allowed.
     """
     import numpy as np
     from PIL import Image, ImageOps
 
-    with open_picture(path) as image:
+    with open_picture(path, max_megapixels) as image:
         square = ImageOps.fit(_to_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fmlit.core.errors import UserError
+from fmlit.core.files import expand
 from fmlit.data.data_module import DataModule
 
 
@@ -112,6 +113,11 @@ class PublishedData(DataModule):
         self.root, self.download = root, download
         if not download:
             self.files.check_folder()
+
+    @property
+    def folder(self) -> Path:
+        """``root``, expanded."""
+        return expand(self.root, "data.root")
 
     @cached_property
     @abstractmethod

@@ -35,19 +35,23 @@ def save_npz(file: IO[bytes], samples: Tensor, labels: Tensor | None = None) -> 
     np.savez(file, **arrays)
 
 
-def read_images(path: str, shape: Sequence[int]) -> LabeledDataset:
+def read_images(path: str, shape: Sequence[int] | None) -> LabeledDataset:
     """The images of a folder (at any depth) or an ``.npz``, none of them resized.
 
     Args:
         path: the folder or file.
-        shape: (C, H, W) that they must have. Where C = 1, color files whose channels agree count as gray.
+        shape: (C, H, W) that they must have. Where C = 1, color files whose channels agree count as gray. None takes
+            that of the first picture; files are in color then.
 
     Raises:
         UserError: another size or type, colors where gray is wanted, a broken file: the file is named.
     """
     if Path(path).suffix == ".npz":
-        return _read_npz(path, tuple(shape))
+        return _read_npz(path, shape)
     names = find_pictures(path)
+    if shape is None:
+        with open_picture(Path(path, names[0])) as picture:
+            shape = 3, picture.height, picture.width
     _check_sizes(path, names, tuple(shape))
     pictures = PictureFolder if shape[0] == 3 else _GrayPictures
     return pictures(path, names, [0] * len(names), size=shape[1])
@@ -79,7 +83,7 @@ def _check_sizes(root: str, names: Sequence[str], shape: tuple[int, ...]) -> Non
             )
 
 
-def _read_npz(path: str, shape: tuple[int, ...]) -> LabeledDataset:
+def _read_npz(path: str, shape: Sequence[int] | None) -> LabeledDataset:
     try:
         with np.load(path, allow_pickle=False) as file:
             images = file["arr_0"]
@@ -87,10 +91,9 @@ def _read_npz(path: str, shape: tuple[int, ...]) -> LabeledDataset:
         raise
     except Exception as error:  # zipfile and numpy have a dozen ways to say that a file is damaged
         raise UserError(f"{path} is no .npz with images in arr_0 ({error})") from error
-    expected = (*shape[1:], shape[0])
-    if images.dtype != np.uint8 or images.shape[1:] != expected:
-        raise UserError(
-            f"arr_0 of {path} must be uint8 (N, {', '.join(map(str, expected))}) like the data, got {images.dtype} "
-            f"{images.shape}"
-        )
+    expected = "N, H, W, C" if shape is None else f"N, {', '.join(map(str, (*shape[1:], shape[0])))}"
+    fits = images.ndim == 4 if shape is None else images.shape[1:] == (*shape[1:], shape[0])
+    if images.dtype != np.uint8 or not fits:
+        like = "" if shape is None else " like the data"
+        raise UserError(f"arr_0 of {path} must be uint8 ({expected}){like}, got {images.dtype} {images.shape}")
     return InMemoryDataset(torch.from_numpy(images).permute(0, 3, 1, 2))

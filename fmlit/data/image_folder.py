@@ -1,17 +1,29 @@
 """The user's own pictures."""
 
 import hashlib
+import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from fmlit.core.errors import UserError
+from fmlit.core.errors import FileError, UserError
+from fmlit.core.files import expand
+from fmlit.core.progress import progress
 from fmlit.data.data_module import DataModule, Split
-from fmlit.data.decoding import find_pictures, read_picture
+from fmlit.data.decoding import MAX_MEGAPIXELS, find_pictures, list_files, read_picture
 from fmlit.data.stores import LabeledDataset
+
+log = logging.getLogger(__name__)
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+MOST_CLASSES = 5  # in the headline of a run
 
 
 class PictureFolder(LabeledDataset):
@@ -22,18 +34,29 @@ class PictureFolder(LabeledDataset):
         names: paths relative to it.
         labels: class id of each picture.
         size: side of the square images.
+        max_megapixels: larger pictures are refused.
     """
 
-    def __init__(self, root: str, names: Sequence[str], labels: Sequence[int], size: int) -> None:
-        self.root, self.names, self.size = root, list(names), size
+    def __init__(
+        self,
+        root: str | Path,
+        names: Sequence[str],
+        labels: Sequence[int],
+        size: int,
+        max_megapixels: float = MAX_MEGAPIXELS,
+    ) -> None:
+        self.root, self.names, self.size, self.max_megapixels = root, list(names), size, max_megapixels
         self.labels = torch.tensor(labels, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        images = [read_picture(Path(self.root, self.names[index]), self.size) for index in indices]
+        images = [self.read(index) for index in indices]
         return torch.stack(images), self.labels[torch.as_tensor(indices, dtype=torch.int64)]
+
+    def read(self, index: int) -> Tensor:
+        return read_picture(Path(self.root, self.names[index]), self.size, self.max_megapixels)
 
     def fingerprint(self) -> str:
         """Hash of the size, the labels, and each file's name, length and time of change.
@@ -62,6 +85,8 @@ class ImageFolder(DataModule):
         classes: Take folders as classes. With false, all pictures are of one kind.
         test_root: Folder of held-out pictures, with the same classes.
         num_workers: Processes that read pictures, for each rank.
+        check: Read all pictures before training, and name all that are broken. It takes as long as an epoch of reading.
+        max_megapixels: Refuse pictures with more pixels than this, in millions.
     """
 
     def __init__(
@@ -74,6 +99,8 @@ class ImageFolder(DataModule):
         classes: bool = True,
         test_root: str | None = None,
         num_workers: int = 4,
+        check: bool = False,
+        max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
         super().__init__(batch_size, seed)
         if size < 1:
@@ -83,17 +110,42 @@ class ImageFolder(DataModule):
         self.root, self.test_root, self.classes = root, test_root, classes
         self.size, self.shape = size, (3, size, size)
         self.horizontal_flip, self.num_workers = horizontal_flip, num_workers
-        self._names = find_pictures(root)
-        self.class_names = _class_names(root, self._names) if classes else None
+        self.check, self.max_megapixels = check, max_megapixels
+        folder = expand(root, "data.root")
+        self._names, others = list_files(folder)
+        self.class_names = _class_names(folder, self._names) if classes else None
+        if others:
+            counts = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(5))
+            rank_zero_warn(f"{root}: left out files that fmlit does not read as pictures ({counts})")
+        if self.class_names and {name.lower() for name in self.class_names} <= SPLITS:
+            given = f"data.root {root}/train, with data.test_root for the held-out pictures"
+            taken = ", ".join(self.class_names)
+            rank_zero_warn(f"{root}: {taken} are taken for classes; if they are splits, use {given}")
+
+    @property
+    def title(self) -> str:
+        if self.class_names is None:
+            return f"{super().title} ({len(self._names):,} pictures)"
+        counts = Counter(name.partition("/")[0] for name in self._names)
+        shown = ", ".join(f"{name} {counts[name]:,}" for name in self.class_names[:MOST_CLASSES])
+        more = ", ..." if len(self.class_names) > MOST_CLASSES else ""
+        return f"{super().title} ({len(self._names):,} pictures of {len(self.class_names)} classes: {shown}{more})"
+
+    def prepare_data(self) -> None:
+        """Read all pictures, if asked to. Lightning calls this in one process per node."""
+        if self.check:
+            for split in ("train", "test") if self.test_root else ("train",):
+                check_pictures(cast(PictureFolder, self.dataset(split)), self.num_workers)
 
     def load(self, split: Split) -> PictureFolder:
         root = self.root if split == "train" else self.test_root
         if root is None:
             raise UserError("ImageFolder has no test pictures: name their folder with test_root")
-        names = self._names if split == "train" else find_pictures(root)
-        return PictureFolder(root, names, self._labels(root, names), self.size)
+        folder = expand(root, f"data.{'root' if split == 'train' else 'test_root'}")
+        names = self._names if split == "train" else find_pictures(folder)
+        return PictureFolder(folder, names, self._labels(folder, names), self.size, self.max_megapixels)
 
-    def _labels(self, root: str, names: Sequence[str]) -> list[int]:
+    def _labels(self, root: Path, names: Sequence[str]) -> list[int]:
         if self.class_names is None:
             return [0] * len(names)
         ids = {name: label for label, name in enumerate(self.class_names)}
@@ -103,7 +155,7 @@ class ImageFolder(DataModule):
         return [ids[folder] for folder in folders]
 
 
-def _class_names(root: str, names: Sequence[str]) -> list[str] | None:
+def _class_names(root: Path, names: Sequence[str]) -> list[str] | None:
     """Folders directly below the root that hold pictures; None if the pictures lie in the root itself."""
     loose = [name for name in names if "/" not in name]
     if not loose:
@@ -111,3 +163,30 @@ def _class_names(root: str, names: Sequence[str]) -> list[str] | None:
     if len(loose) < len(names):
         raise UserError(f"{Path(root, loose[0])} lies beside class folders: move it into one, or pass classes: false")
     return None
+
+
+class _Problems(Dataset[str]):
+    """What is wrong with each picture of a folder; empty for nothing."""
+
+    def __init__(self, pictures: PictureFolder) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.pictures.read(index)
+        except (FileError, UserError) as error:
+            return str(error)
+        return ""
+
+
+def check_pictures(pictures: PictureFolder, num_workers: int = 0) -> None:
+    """Read every picture. A UserError if some are broken, after a line in the log for each of them."""
+    loader = DataLoader(_Problems(pictures), batch_size=64, num_workers=num_workers, collate_fn=list)
+    batches = progress(loader, len(loader), "checking pictures")
+    if problems := [problem for batch in batches for problem in batch if problem]:
+        for problem in problems:
+            log.warning("%s", problem)
+        raise UserError(f"{len(problems):,} of {len(pictures):,} pictures in {pictures.root} cannot be read: see above")

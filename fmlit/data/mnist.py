@@ -1,7 +1,6 @@
 """MNIST, through torchvision, with the check of its contents that torchvision leaves out."""
 
 from functools import cached_property
-from pathlib import Path
 
 from fmlit.data.data_module import Split
 from fmlit.data.downloads import OfficialFiles, PublishedData
@@ -32,7 +31,7 @@ class MNIST(PublishedData):
 
     @cached_property
     def files(self) -> OfficialFiles:
-        return OfficialFiles("MNIST", Path(self.root), "MNIST/raw", SHA256, "sha256")
+        return OfficialFiles("MNIST", self.folder, "MNIST/raw", SHA256, "sha256")
 
     def load(self, split: Split) -> InMemoryDataset:
         from torchvision.datasets.mnist import read_image_file, read_label_file
