@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from fmlit.core.errors import INTERRUPTED, MISTAKES, LostProcessError, original_message
+from fmlit.core.errors import ENDINGS, INTERRUPTED, original_message
 
 RANK_0_FIRST_S = 5.0
 
@@ -25,8 +25,9 @@ def debugging() -> bool:
 def one_line_errors(memory: str = "try a smaller --batch_size") -> Iterator[None]:
     """End the program with one line on stderr where the user can fix what went wrong.
 
-    A ``UserError``, a missing file and too little memory end with exit code 2, a lost process with 1, and Ctrl-C with
-    130. Any other error passes and keeps its traceback. ``FMLIT_DEBUG=1`` shows every traceback.
+    A ``UserError``, a missing file and too little memory end with exit code 2, a lost process with 1, a lost lease with
+    76, what may be different at another time with 75, and Ctrl-C with 130. Any other error passes and keeps its
+    traceback. ``FMLIT_DEBUG=1`` shows every traceback.
 
     Args:
         memory: the way out where there is too little memory.
@@ -41,10 +42,11 @@ def one_line_errors(memory: str = "try a smaller --batch_size") -> Iterator[None
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         shortage = _memory_shortage(error)
-        if debugging() or not (shortage or isinstance(error, (*MISTAKES, LostProcessError))):
+        if debugging() or not (shortage or isinstance(error, tuple(ENDINGS))):
             raise
         message = f"{shortage}: {memory}" if shortage else original_message(str(error), type(error))
-        exit_with(message or type(error).__name__, code=1 if isinstance(error, LostProcessError) else 2)
+        code = next((code for kind, code in ENDINGS.items() if isinstance(error, kind)), 2)
+        exit_with(message or type(error).__name__, code)
 
 
 def exit_with(message: str, code: int = 2) -> NoReturn:

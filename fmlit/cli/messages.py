@@ -13,7 +13,7 @@ import fmlit
 
 KEY, END = "\0", "\1"  # the start of a key, and the end of a nested parser's line; neither occurs in an option
 CLOSE = 0.75  # similarity of names above which one may have been meant for the other
-ALIASES = {"lr": "learning_rate", "epochs": "images", "workers": "num_workers"}
+ALIASES = {"lr": "learning_rate", "epochs": "images", "max_epochs": "images", "workers": "num_workers"}
 
 # What jsonargparse says around the one thing that matters.
 _NOISE = re.compile(
@@ -49,6 +49,8 @@ def one_line(message: str, options: Iterable[str], cls: Callable[..., object] | 
         return nested[0].replace(KEY, f"{KEY}{key}.") if key else nested[0]
     if names := re.search(r"^unrecognized arguments: (--.*)", said):
         wrong = re.findall(r"--([\w.]+)", names[1])
+    elif bare := re.search(r"^unrecognized arguments: ([a-z][\w.]*=\S*)", said):
+        return f"{bare[1]}: an option begins with two dashes: --{bare[1]}{END}"
     elif option := re.search(r"^Option '([\w.]+)' is not accepted", said):
         wrong = [option[1].partition(".")[0] if cls else option[1]]  # of nett.init_args.width, nett is what is wrong
     elif option := re.search(r"^Group '([\w.]+)' does not accept option '([\w.]+)'", said):
@@ -64,7 +66,8 @@ def one_line(message: str, options: Iterable[str], cls: Callable[..., object] | 
 def _no_option(names: list[str], options: list[str], cls: Callable[..., object] | None, passed: Iterable[str]) -> str:
     if cls is not None and names[0] in passed:
         return f"{KEY}{names[0]}: cannot be set; whatever builds {public_name(cls)} passes it"
-    near = difflib.get_close_matches(names[0], options, n=1, cutoff=CLOSE)
+    alias = ALIASES.get(names[0].rpartition(".")[2], "")
+    near = [alias] if alias in options else difflib.get_close_matches(names[0], options, n=1, cutoff=CLOSE)
     listing = f"--{KEY}help {public_name(cls)}" if cls else "--help"
     hint = f"did you mean {KEY}{near[0]}?" if near else f"{listing} lists them"
     return f"{', '.join(KEY + name for name in names)}: no such option; {hint}"

@@ -6,6 +6,7 @@ import inspect
 import pydoc
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from decimal import Decimal
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -121,6 +122,8 @@ class Parser(LightningArgumentParser):
         return [join_keys(key) for key in dict(config.items())]
 
 
+COUNTS = {"images", "every", "n", "warmup_images", "stable_images", "max_steps", "batch_size"}
+THOUSANDS = {"k": 10**3, "m": 10**6}
 _KEY = "__key__"  # the argument by which a constructor's key reaches _build
 _raised: list[Exception] = []  # by the user's own code, while a parser of jsonargparse runs
 
@@ -132,7 +135,7 @@ def _hand_out_keys(value: Any, key: str = "") -> None:
             _hand_out_keys(item, key)
     elif isinstance(value, jsonargparse.Namespace | dict):
         for name, inner in list((value if isinstance(value, dict) else vars(value)).items()):
-            _hand_out_keys(inner, join_keys(key, name))
+            _hand_out_keys(inner, join_keys(key, str(name)))
         if isinstance(value.get("class_path"), str):
             value["dict_kwargs"] = {**(value.get("dict_kwargs") or {}), _KEY: key}
 
@@ -174,6 +177,27 @@ def switch_on(args: Sequence[str], switches: Container[str]) -> list[str]:
     return [f"{arg}=true" if on else arg for arg, on in zip(args, alone, strict=True)]
 
 
+def tidy(args: Sequence[str]) -> list[str]:
+    """The command line with underscores in names of options, and with counts such as 1e6, 64k and 2M written out."""
+    tidied: list[str] = []
+    option = ""  # the one that waits for its value
+    for arg in args:
+        name, equals, value = arg.partition("=") if arg.startswith("--") else (option, "", arg)
+        name = f"--{name[2:].replace('-', '_')}" if name else ""
+        counts = name.rpartition(".")[2].lstrip("-") in COUNTS
+        number = re.fullmatch(r"(\d+(?:\.\d+)?)(?:(k|m)|e\+?(\d))", value, re.IGNORECASE) if counts else None
+        if number:
+            count = Decimal(number[1]) * (10 ** int(number[3]) if number[3] else THOUSANDS[number[2].lower()])
+            value = str(int(count)) if count == int(count) else value
+        if arg.startswith("--"):
+            option = "" if equals else name
+            tidied.append(f"{name}{equals}{value}")
+        else:
+            option = ""
+            tidied.append(value)
+    return tidied
+
+
 def check_arguments(args: Sequence[str]) -> None:
     """What the parser would say without naming the file, or would not say at all.
 
@@ -195,8 +219,9 @@ def check_network(config: Mapping[str, Any]) -> None:
     """Raise a UserError unless the configured network takes the shape and the classes of the data, which are handed to
     it by position: a width that stands in their place would get them, and labels would be dropped silently."""
     class_path = config.get("model.init_args.net.class_path")
-    network: Any = pydoc.locate(class_path) if class_path else None
-    if network is not None:
+    network: Any = pydoc.locate(class_path) if class_path else config.get("model.init_args.net")
+    if callable(network):
+        class_path = class_path or f"{network.__module__}.{network.__qualname__}"
         takes = list(inspect.signature(network).parameters)
         if takes[:2] != ["shape", "num_classes"]:
             raise UserError(

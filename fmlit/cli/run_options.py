@@ -25,6 +25,8 @@ class RunOptions:
         start_from: Start a new run from trained weights: a checkpoint (its first average), the folder of a run, or one
             that was exported. A resumed run does not read it.
         images: Run length in training images.
+        lease_expiry: Seconds after which another launch counts as lost that holds the run's folder and is silent.
+        lease_wait: Seconds to wait for another launch that works in the folder; 0: do not start.
         seed_everything: Seed of everything that is drawn.
     """
 
@@ -33,4 +35,6 @@ class RunOptions:
     resume: bool | Literal["auto"] = False
     start_from: str | None = None
     images: int = 1_000_000
+    lease_expiry: float = 120.0
+    lease_wait: float = 0.0
     seed_everything: int = 0

@@ -18,6 +18,7 @@ The arguments of the model, of its parts and of the data depend on their class, 
   train.py --trainer.logger.help fmlit.WandbLogger
 """
 
+import contextlib
 import json
 import math
 import re
@@ -38,12 +39,14 @@ from lightning.pytorch.plugins import Precision
 
 import fmlit
 from fmlit.cli import errors, recipes
-from fmlit.cli.parsing import LINKS, Parser, check_arguments, check_network, switch_on
+from fmlit.cli.parsing import LINKS, Parser, check_arguments, check_network, switch_on, tidy
 from fmlit.cli.run_options import MANAGED_TRAINER_OPTIONS, RunOptions
-from fmlit.core.errors import LostProcessError, UserError
+from fmlit.core.errors import LeaseLostError, LostProcessError, UserError
+from fmlit.core.files import atomic_write, check_owner, expand
 from fmlit.data.data_module import DataModule
+from fmlit.storage import lease
 from fmlit.storage.checkpoints import AtomicCheckpointIO
-from fmlit.storage.run_folder import RunFolder, expand_root
+from fmlit.storage.run_folder import RunFolder
 from fmlit.training import trainer_settings
 from fmlit.training.callbacks import Preempted, ProgressBar, TrainingLog
 from fmlit.training.launch import begin
@@ -73,6 +76,8 @@ class RunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        with atomic_write(RunFolder(Path(trainer.default_root_dir)).config) as file:
+            file.write(self.parser.dump(self.config, skip_unset=False).encode())
         config = yaml.safe_load(self.parser.dump(self.config))
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
@@ -87,8 +92,9 @@ class TrainingCLI(LightningCLI):
     fit_seconds = math.inf
 
     def __init__(self, args: Sequence[str], program: str = "train.py") -> None:
-        args = switch_on(recipes.resolve(args), {"--resume"})
+        args = switch_on(recipes.resolve(tidy(args)), {"--resume"})
         check_arguments(args)
+        self._args = args
         self._stem = next((path.stem for path in recipes.config_files(args)), "run")
         super().__init__(
             GenerativeModule,
@@ -102,7 +108,7 @@ class TrainingCLI(LightningCLI):
                 "dump_header": [f"fmlit {fmlit.__version__}, lightning {pl.__version__}, torch {torch.__version__}"],
             },
             save_config_callback=RunConfig,
-            save_config_kwargs={"overwrite": True},  # a resumed run writes it again
+            save_config_kwargs={"save_to_log_dir": False},  # but atomically, and again where a run is resumed
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # checkpoints carry a plain description instead
@@ -138,9 +144,13 @@ class TrainingCLI(LightningCLI):
             self.config_init["quality"].sampler = self.config_init["samples"].sampler
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        self.model.name_classes(self.datamodule)  # before a resume compares them
         resume, self.config["resume"] = self.config["resume"], False  # config.yaml starts a run of its own
         self.config["name"] = self.config["name"] or self._stem
-        self.run_folder, resumed = begin(expand_root(self.config["runs"]), self.config["name"], resume)
+        root, name = expand(self.config["runs"], "runs"), self.config["name"]
+        root = root.absolute() if str(root).startswith("~") else root  # of ./~, which Lightning must not expand
+        terms = lease.Terms(self.config["lease_expiry"], self.config["lease_wait"])
+        self.run_folder, resumed = begin(root, name, resume, self._own_folder(root, name), terms)
         self._fresh = not resumed
         try:
             if resumed:
@@ -155,6 +165,16 @@ class TrainingCLI(LightningCLI):
             self.discard()
             raise
         return trainer
+
+    def _own_folder(self, root: Path, name: str) -> RunFolder | None:
+        """The run whose own config.yaml is on the command line, unless that names another run as well."""
+        folders = [RunFolder(path.parent) for path in recipes.config_files(self._args) if path.name == "config.yaml"]
+        named_root = any(arg.startswith("--runs") for arg in self._args)
+        for folder in reversed(folders):
+            here = not named_root or folder.path.resolve().parent == root.resolve()
+            if here and folder.read_record().get("name") == name:
+                return folder
+        return None
 
     def _build_trainer(self, **settings: Any) -> pl.Trainer:
         try:
@@ -173,6 +193,7 @@ class TrainingCLI(LightningCLI):
             left = max(0, self.config["images"] - self.start.images)
             steps = self.start.step + math.ceil(left / self.datamodule.batch_size)
         loggers, callbacks, plugins = (_listed(given[key]) for key in ("logger", "callbacks", "plugins"))
+        trainer_settings.check_callbacks(callbacks)
         for logger in loggers:
             if hasattr(logger, "attach"):
                 logger.attach(self.run_folder)
@@ -235,7 +256,9 @@ class TrainingCLI(LightningCLI):
     def discard(self) -> None:
         """Remove the run folder, if this process made it and nothing was saved there."""
         if self._fresh and not self.run_folder.has_checkpoints() and not errors.process_rank():
-            shutil.rmtree(self.run_folder, ignore_errors=True)
+            with contextlib.suppress(LeaseLostError):
+                check_owner(self.run_folder.config)
+                shutil.rmtree(self.run_folder, ignore_errors=True)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -255,7 +278,8 @@ def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, progra
     started = time.perf_counter()
     if not recipes.config_files(args) and not {"-c", "--config"} & set(args):
         args = ["--config", str(default_config), *args]
-    with quiet_logging():
+    with quiet_logging(), contextlib.ExitStack() as ending:
+        ending.callback(lease.release)
         preempted = None
         with errors.one_line_errors(MEMORY):
             cli = TrainingCLI(args, program)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL.Image import Image
 
 from fmlit.core.errors import UserError, first_line
-from fmlit.core.files import atomic_write
+from fmlit.core.files import atomic_write, check_owner
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.lightning_internals import RelocatableWandbLogger
 
@@ -30,7 +30,8 @@ PATIENCE = {"success": 120.0, "failed": 30.0}
 class MetricsFile(Logger):
     """``metrics.csv`` in the run folder: a row per step, on the disk as soon as it is logged.
 
-    A resumed run goes on in the same file, without the rows that the killed run wrote after the checkpoint. Lightning's
+    A resumed run goes on in the same file, without the rows that the killed run wrote after the checkpoint. Values of
+    ``self.log`` join the row of their step; Lightning counts the steps before it, and there is one epoch. Lightning's
     CSVLogger would delete the file, writes two rows where two callbacks log at one step, and rewrites the file in place
     when a new column comes.
 
@@ -64,6 +65,8 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write a row, or complete the last one if that is of the same step. On a full disk rows are left out."""
+        if "epoch" in metrics and step is not None:  # Lightning adds it to what self.log collects
+            metrics, step = {name: value for name, value in metrics.items() if name != "epoch"}, step + 1
         try:
             self._write(metrics, step)
         except OSError as error:  # whether a full disk ends the run, checkpoints say
@@ -75,34 +78,33 @@ class MetricsFile(Logger):
 
     def _write(self, metrics: Mapping[str, float], step: int | None) -> None:
         if not self._columns:
-            self._rewrite(self._kept_rows())
+            rows = self._kept_rows()
+            self._rewrite(rows)
+            self._last = {**rows[-1], "step": int(rows[-1]["step"])} if rows else {}
         same = step is not None and self._last.get("step") == step
         self._last = {**(self._last if same else {}), "step": step, **metrics}
         if any(column not in self._columns for column in self._last):
-            self._rewrite([*self._read()[: -1 if same else None], self._last])
+            self._rewrite([*read_rows(self.path)[: -1 if same else None], self._last])
             return
         if not same:
             self._size = self.path.stat().st_size
-        try:
-            with self.path.open("r+b") as file:
+        with self.path.open("r+b", buffering=0) as file:
+            check_owner(self.path)
+            try:
+                file.truncate(self._size)
                 file.seek(self._size)
-                file.truncate()
-                file.write(_lines(self._columns, [self._last]))
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(self.path, self._size)  # the half of a row
-            raise
+                row = _lines(self._columns, [self._last])
+                while row:  # a full disk takes a part, and says why at the next try
+                    row = row[file.write(row) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(self._size)  # the half of a row
+                raise
 
     def _kept_rows(self) -> list[dict[str, str]]:
         """The rows of an interrupted run up to where it is resumed; a half-written one is none of them."""
-        steps = [(row, row.get("step") or "") for row in self._read()]
+        steps = [(row, row.get("step") or "") for row in read_rows(self.path)]
         return [row for row, step in steps if step.isdecimal() and int(step) <= self.resumed_at]
-
-    def _read(self) -> list[dict[str, str]]:
-        if not self.path.exists():
-            return []
-        text = self.path.read_text(errors="replace")
-        return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         """Atomically replace the file by one with the columns of these rows."""
@@ -111,6 +113,17 @@ class MetricsFile(Logger):
         with atomic_write(self.path) as file:
             file.write(head + _lines(columns, rows[-1:]))
         self._columns, self._size = columns, len(head)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv. One that is half-written is left out, and one that is damaged too, with a warning."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(errors="replace").split("\n")
+    whole = [line for line in lines if "\0" not in line and len(line) < csv.field_size_limit()]
+    if len(whole) < len(lines):
+        log.warning("%s: dropped %d damaged rows", path, len(lines) - len(whole))
+    return list(csv.DictReader(whole))
 
 
 def _lines(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
@@ -122,11 +135,13 @@ def _lines(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
 class WandbLogger(RelocatableWandbLogger):
     """W&B with ``images_seen`` as x-axis, one run id per run folder, and no way to stop a training run.
 
-    The id is kept in the run folder and reused on resume. Without an API key, or when W&B cannot be reached, the run is
-    recorded offline and one line says how to upload it later. If W&B fails in the middle, training goes on without.
+    The id is kept in the run folder and reused on resume. A new run takes name and id from ``WANDB_NAME`` and
+    ``WANDB_RUN_ID``. Other variables of W&B count where the recipe says nothing. Without an API key, or when W&B cannot
+    be reached, the run is recorded offline and one line says how to upload it later. If W&B fails in the middle,
+    training goes on without it.
 
     Args:
-        project: W&B project.
+        project: W&B project; by default that of the environment, or "fmlit".
         entity: W&B team or user; the account's default if None.
         group: W&B group, e.g. for the seeds of one experiment.
         tags: W&B tags.
@@ -135,7 +150,7 @@ class WandbLogger(RelocatableWandbLogger):
 
     def __init__(
         self,
-        project: str = "fmlit",
+        project: str | None = None,
         entity: str | None = None,
         group: str | None = None,
         tags: list[str] | None = None,
@@ -145,9 +160,11 @@ class WandbLogger(RelocatableWandbLogger):
             import wandb  # noqa: F401
         except ImportError as error:
             raise UserError(f"wandb cannot be imported ({error}): install it, or leave this logger out") from error
-        super().__init__(project=project, offline=offline, entity=entity, group=group, tags=tags)
+        name = project or os.environ.get("WANDB_PROJECT") or "fmlit"
+        super().__init__(project=name, offline=offline, entity=entity, group=group, tags=tags)
         self.project, self.entity, self.group, self.tags, self.offline = project, entity, group, tags, offline
         self._failed = False
+        self._images_seen = 0
 
     @property
     @rank_zero_experiment
@@ -164,10 +181,11 @@ class WandbLogger(RelocatableWandbLogger):
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # for a server that does not answer; 90 s by default
         import wandb
 
-        folder = Path(self.save_dir or ".")
+        folder, refused = Path(self.save_dir or "."), _drop_refused_settings()
         arguments = {key: value for key, value in self.init_arguments.items() if key != "anonymous"}
-        arguments |= {"dir": str(folder), "name": folder.name, "id": RunFolder(folder).wandb_id()}
-        reason = self._why_offline(wandb.setup().settings)
+        arguments |= {"dir": str(folder), "name": os.environ.get("WANDB_NAME") or folder.name}
+        arguments["id"] = RunFolder(folder).wandb_id(os.environ.get("WANDB_RUN_ID"))
+        reason = refused or self._why_offline(wandb.setup().settings)
         if not reason:
             try:
                 return wandb.init(**arguments)
@@ -195,7 +213,9 @@ class WandbLogger(RelocatableWandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self._guard(lambda: super(WandbLogger, self).log_metrics(metrics, step))
+        self._images_seen = int(metrics.get("images_seen", self._images_seen))
+        placed = {**metrics, "images_seen": self._images_seen}  # also what others log with self.log
+        self._guard(lambda: super(WandbLogger, self).log_metrics(placed, step))
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
@@ -222,7 +242,7 @@ class WandbLogger(RelocatableWandbLogger):
         """Upload what is left, and end the W&B run; without it, where its server does not answer."""
         seconds = PATIENCE["success" if status == "success" else "failed"]
         if (run := self.started_run) is not None:
-            upload = f"wandb sync {self.save_dir or '.'}/wandb/run-* uploads what it has not got"
+            upload = f"wandb sync --include-online {self.save_dir or '.'}/wandb/run-* uploads what it has not got"
             self._guard(lambda: _within(seconds, lambda: run.finish(exit_code=int(status != "success")), upload))
 
     def _guard(self, action: Callable[[], None]) -> None:
@@ -235,6 +255,25 @@ class WandbLogger(RelocatableWandbLogger):
                 log.warning("W&B: no longer recording this run (%s); metrics.csv goes on", first_line(error))
                 with contextlib.suppress(Exception, SystemExit):
                     sys.modules["wandb"].teardown()
+
+
+def _drop_refused_settings() -> str:
+    """Take variables that W&B refuses out of the environment. Returns what is wrong with them; empty for nothing."""
+    import wandb
+    from pydantic import ValidationError  # which wandb depends on
+
+    problems: list[str] = []
+    while True:
+        try:
+            wandb.setup()
+        except ValidationError as error:
+            found = {f"WANDB_{item['loc'][0]}".upper(): item["msg"] for item in error.errors() if item["loc"]}
+            given = {name: os.environ.pop(name) for name in found if name in os.environ}
+            if not given:
+                raise
+            problems += [f"{name}={value}: {found[name]}" for name, value in given.items()]
+        else:
+            return "; ".join(problems)
 
 
 def _within(seconds: float, action: Callable[[], None], otherwise: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fmlit.cli import errors
-from fmlit.cli.parsing import LINKS
+from fmlit.cli.parsing import LINKS, tidy
 from fmlit.core.errors import FileError, LostProcessError, UserError
 from fmlit.training.modules import FlowMatchingModule
 from tests.helpers.tiny_cli import CONFIGS, recipe, runs_in, train
@@ -75,7 +75,15 @@ def networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--ema.rampe=3", "ema.rampe: no such option; did you mean ema.ramp?"),
         ("--data.batchsize=3", "data.batchsize: no such option; did you mean data.batch_size?"),
         ("--trainer.devicess=3", "trainer.devicess: no such option; did you mean trainer.devices?"),
-        ("--trainer.max_epochs=3", "trainer.max_epochs: no such option; did you mean trainer.max_steps?"),
+        ("--trainer.max_epochs=3", "trainer.max_epochs: no such option; did you mean images?"),
+        ("images=1000", "images=1000: an option begins with two dashes: --images=1000"),
+        ("--images=64kb", "images: Expected an int. Got value: 64kb"),
+        ("--images=1.5e0", "images: Expected an int. Got value: 1.5"),
+        (
+            "--model.net=torchvision.models.resnet18",
+            "model.net: torchvision.models.resnet.resnet18 must take shape and num_classes as its first two arguments, "
+            "in that order; it takes weights, progress, kwargs",
+        ),
         ("--samples.sampler.stepps=3", "samples.sampler.stepps: no such option; did you mean samples.sampler.steps?"),
         ("--lr=3", "lr: no such option; did you mean model.optimizer.learning_rate?"),
         ("--model.lr=3", "model.lr: no such option; did you mean model.optimizer.learning_rate?"),
@@ -189,6 +197,37 @@ def test_a_wrong_value_is_shown_with_its_key(tmp_path: Path, option: str, key: s
 def test_what_a_constructor_refuses_is_headed_by_its_key(tmp_path: Path, options: list[str], start: str) -> None:
     assert train(tmp_path, *options).error.startswith(start)
     assert not runs_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("callback", "arguments", "instead"),
+    [
+        ("GradientAccumulationScheduler", ["scheduling={0: 4}"], "set trainer.accumulate_grad_batches"),
+        ("BatchSizeFinder", [], "set data.batch_size"),
+        ("LearningRateFinder", [], "set model.optimizer.learning_rate"),
+        ("EMAWeightAveraging", [], "see ema"),
+        ("StochasticWeightAveraging", ["swa_lrs=0.1"], "see ema"),
+        ("ModelCheckpoint", [], "see checkpoint"),
+        ("Timer", ["duration=00:00:01:00"], "set trainer.max_time"),
+    ],
+)
+def test_callbacks_that_do_what_fmlit_does_are_refused(
+    tmp_path: Path, callback: str, arguments: list[str], instead: str
+) -> None:
+    given = [f"--trainer.callbacks.{argument}" for argument in arguments]
+    error = train(tmp_path, f"--trainer.callbacks={callback}", *given).error
+    assert error.startswith(f"trainer.callbacks: {callback} cannot be used here; ")
+    assert instead in error
+    assert not runs_in(tmp_path)
+
+
+def test_counts_and_names_of_options_may_be_written_as_people_do():
+    given = ["--images", "1e6", "--checkpoint.every=64k", "--model.schedule.warmup-images", "1.5M"]
+    written = ["--images", "1000000", "--checkpoint.every=64000", "--model.schedule.warmup_images", "1500000"]
+    assert tidy([*given, "--data.batch-size=2e2"]) == [*written, "--data.batch_size=200"]
+    other_options = ["--name=64k", "--name", "1e6", "--model.optimizer.learning_rate=1e-3", "--data.root=a-b"]
+    other_values = ["--images=1.5", "--images=1e-3", "--images", "k", "--resume", "--images=3"]
+    assert tidy([*other_options, *other_values]) == [*other_options, *other_values]
 
 
 @pytest.mark.parametrize("key", sorted(LINKS))

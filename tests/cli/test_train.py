@@ -1,7 +1,11 @@
 """The training command: help, configuration, the run folder, and going on after an interruption."""
 
+import contextlib
+import csv
+import io
 import json
 import logging
+import os
 import re
 import runpy
 import sys
@@ -9,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from PIL import Image
 
 from fmlit.cli import train as command
 from fmlit.core.errors import FileError, UserError
@@ -165,7 +171,7 @@ def test_a_run_leaves_its_folder_and_one_line_of_json(tmp_path: Path) -> None:
     assert outcome.out.splitlines()[0].startswith(f"{tmp_path / 'runs' / 'tiny'}: FlowMatchingModule, CondOTPath, MLP")
     run = tmp_path / "runs" / "tiny"
     assert sorted(path.name for path in run.iterdir()) == [
-        *("checkpoints", "config.yaml", "metrics.csv", "run.json", "samples")
+        *("checkpoints", "config.yaml", "lease.1", "metrics.csv", "run.json", "samples")
     ]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["000000160.png", "000000320.png"]
     assert (run / "checkpoints" / "last.ckpt").resolve() == (run / "checkpoints" / "000000320.ckpt").resolve()
@@ -278,6 +284,41 @@ def test_resume_takes_the_newest_run_of_that_name(tmp_path: Path) -> None:
     assert train(tmp_path, "--resume", "--images=160").summary["run"] == str(tmp_path / "runs" / "tiny-002")
 
 
+def test_a_runs_own_config_resumes_that_run_and_no_other_of_its_name(tmp_path: Path) -> None:
+    for images in (80, 160, 240):
+        train(tmp_path, f"--images={images}")
+    first, *others = (tmp_path / "runs" / name for name in ("tiny", "tiny-002", "tiny-003"))
+    before = [file.read_bytes() for run in others for file in sorted(run.rglob("*")) if file.is_file()]
+    config = f"--config={first / 'config.yaml'}"
+    assert train(tmp_path, config, "--resume", "--images=320").summary["run"] == str(first)
+    assert train(tmp_path, config, "--resume=auto", "--images=400").summary["run"] == str(first)
+    assert [file.read_bytes() for run in others for file in sorted(run.rglob("*")) if file.is_file()] == before
+    assert train(tmp_path, config, "--images=80").summary["run"] == str(tmp_path / "runs" / "tiny-004")
+    assert "no run named 'else'" in train(tmp_path, config, "--name=else", "--resume").error
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_lies(tmp_path: Path) -> None:
+    train(tmp_path, "--images=80")
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "runs" / "tiny").rename(tmp_path / "elsewhere" / "best_one")
+    config = f"--config={moved / 'config.yaml'}"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        command.train([config, "--resume", "--images=160"])
+    assert json.loads(out.getvalue().splitlines()[-1])["run"] == str(moved)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 1), (4, 2)])
+def test_a_run_that_is_resumed_with_other_accumulation_makes_whole_steps(
+    tmp_path: Path, before: int, after: int
+) -> None:
+    key = "--trainer.accumulate_grad_batches"
+    train(tmp_path, "--trainer.max_steps=3", f"{key}={before}")
+    summary = train(tmp_path, "--resume", f"{key}={after}").summary
+    assert (summary["images_seen"], summary["steps"]) == (320, 20)
+    rows = list(csv.DictReader((tmp_path / "runs" / "tiny" / "metrics.csv").open()))
+    assert all(int(row["images_seen"]) == 16 * int(row["step"]) for row in rows)
+
+
 def test_resuming_a_finished_run_says_so_and_changes_nothing(tmp_path: Path) -> None:
     train(tmp_path)
     before = (tmp_path / "runs" / "tiny" / "metrics.csv").read_bytes()
@@ -304,7 +345,7 @@ def test_a_run_that_is_resumed_takes_the_optimizers_settings_of_now(optimizer: s
     changed = tuple(f"--model.optimizer.{setting}" for setting in changed)
     outcome = train(tmp_path, *options, "--resume", "--images=320", *changed)
     rates = [float(row["learning_rate"]) for row in metrics_of(tmp_path / "runs" / "tiny")[-10:]]
-    assert rates == pytest.approx([1e-6 * (1 - done / 20) for done in range(11, 21)])
+    assert rates == pytest.approx([1e-6 * (1 - (step + 0.5) / 20) for step in range(10, 20)])
     (state,) = load(outcome.summary["checkpoint"])["optimizer_states"]
     assert {group["weight_decay"] for group in state["param_groups"]} == {0.5}
     assert {tuple(group["betas"]) for group in state["param_groups"] if "betas" in group} == {(0.5, 0.6)}
@@ -398,3 +439,80 @@ def test_the_profiler_that_was_asked_for_is_used(tmp_path: Path, caplog: pytest.
     assert train(tmp_path, "--trainer.profiler=simple", "--trainer.max_steps=2").code == 0
     logger.removeHandler(caplog.handler)
     assert "run_training_batch" in caplog.text
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of pictures of two classes."""
+    for seed, name in enumerate(("cat", "dog")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        for copy in range(16):
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{copy}.png")
+    return tmp_path / "pictures"
+
+
+def on_pictures(folder: Path) -> list[str]:
+    data = ["--data=fmlit.ImageFolder", f"--data.root={folder}", "--data.size=8", "--data.batch_size=8"]
+    return [*data, "--model.conditional=true"]
+
+
+def test_a_run_is_not_resumed_on_classes_of_other_names(
+    tmp_path: Path, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = on_pictures(pictures)
+    assert train(tmp_path, *data, "--images=80").code == 0
+    description = load(tmp_path / "runs/tiny/checkpoints/last.ckpt")["model_description"]
+    assert description["init_args"]["class_names"] == ("cat", "dog")
+    (pictures / "cat").rename(pictures / "zebra")  # what was class 0 would be class 1
+    refused = train(tmp_path, *data, "--images=160", "--resume")
+    assert refused.code == 2
+    assert "model.class_names ([cat, dog] there, [dog, zebra] here)" in refused.error
+    started = train(tmp_path, *data, "--images=80", "--name=new", f"--start_from={tmp_path}/runs/tiny")
+    assert started.code == 0
+    assert "are [cat, dog], and are now [dog, zebra]" in caplog.text
+
+
+def test_a_run_that_is_resumed_on_other_pictures_says_so(
+    tmp_path: Path, pictures: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def resume(images: int) -> list[str]:
+        recwarn.clear()
+        assert train(tmp_path, *on_pictures(pictures), f"--images={images}", "--resume").code == 0
+        return [text for text in messages(recwarn) if text.startswith("the training data have changed")]
+
+    assert train(tmp_path, *on_pictures(pictures), "--images=80").code == 0
+    assert resume(160) == []
+    Image.new("RGB", (8, 8)).save(pictures / "cat" / "0.png")
+    os.utime(pictures / "cat" / "0.png", (1, 1))  # a clock may be coarse
+    change = "the training data have changed since this run was interrupted"
+    assert resume(240) == [f"{change}: 32 items as then, but other contents"]
+    assert resume(320) == []
+    Image.new("RGB", (8, 8)).save(pictures / "dog" / "new.png")
+    assert resume(400) == [f"{change}: 32 items then, 33 now"]
+
+
+def messages(recwarn: pytest.WarningsRecorder) -> list[str]:
+    return [str(warning.message) for warning in recwarn]
+
+
+def test_a_warm_up_that_takes_most_of_the_run_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    train(tmp_path, "--model.schedule.warmup_images=80", "--images=320")
+    assert not any("warmup_images" in text for text in messages(recwarn))
+    train(tmp_path, "--model.schedule.warmup_images=640000", "--images=320")
+    rises = "the learning rate rises over 640,000 images, and the run has 320: it may learn little; try 16"
+    assert f"model.schedule.warmup_images: {rises}" in messages(recwarn)
+
+
+def test_early_stopping_acts_on_what_is_logged(tmp_path: Path) -> None:
+    stopping = (
+        "--trainer.callbacks=EarlyStopping",
+        "--trainer.callbacks.monitor=loss",
+        "--trainer.callbacks.patience=2",
+    )
+    never = "--trainer.callbacks.min_delta=1000"  # no loss falls by so much
+    outcome = train(tmp_path, *stopping, never, "--images=3200")
+    assert outcome.code == 0
+    assert outcome.summary["images_seen"] == 3 * 5 * 16  # at the third row
+    assert outcome.summary["checkpoint"].endswith("000000240.ckpt")
+    assert len(metrics_of(tmp_path / "runs" / "tiny")) == 3

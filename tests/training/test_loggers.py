@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import wandb
 from PIL import Image
@@ -280,6 +281,57 @@ def test_why_a_run_is_offline(
     found = WandbLogger(offline=offline)._why_offline(wandb.setup().settings)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
+
+
+def started_run(folder: Path) -> Any:
+    """The first record of a run about itself."""
+    return next(r.run for records in recorded(folder) for r in records if r.WhichOneof("record_type") == "run")
+
+
+def test_the_environment_of_wandb_counts_where_the_recipe_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"PROJECT": "theirs", "NAME": "brave-1", "RUN_ID": "agent77", "RUN_GROUP": "seeds", "TAGS": "a,b"}
+    for name, value in names.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    assert train_with_wandb(tmp_path).code == 0
+    run = started_run(tmp_path / "runs" / "tiny")
+    assert (run.project, run.display_name, run.run_id, run.run_group) == ("theirs", "brave-1", "agent77", "seeds")
+    assert list(run.tags) == ["a", "b"]
+    monkeypatch.setenv("WANDB_RUN_ID", "another")  # a resumed run stays the same
+    assert train_with_wandb(tmp_path, "--resume", "--images=400").code == 0
+    assert json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["wandb_id"] == "agent77"
+    assert train_with_wandb(tmp_path, "--name=new", "--trainer.logger.project=ours").code == 0
+    assert started_run(tmp_path / "runs" / "new").project == "ours"
+
+
+@pytest.mark.parametrize(("name", "value"), [("WANDB_MODE", "off"), ("WANDB_BASE_URL", "localhost:8080")])
+def test_settings_that_wandb_refuses_are_named_and_the_run_is_recorded_offline(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert train_with_wandb(tmp_path).code == 0
+    (notice,) = notices(caplog)
+    assert f"W&B: recording offline ({name}={value}: " in notice
+    assert list(recorded(tmp_path / "runs" / "tiny"))
+
+
+class Logging(pl.Callback):
+    """Somebody's callback that logs by Lightning's means."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        pl_module.log("mine", float(trainer.global_step))
+
+
+def test_what_others_log_joins_the_row_of_its_step(tmp_path: Path) -> None:
+    outcome = train_with_wandb(tmp_path, "--trainer.callbacks=tests.training.test_loggers.Logging")
+    assert outcome.code == 0
+    rows = metrics_of(tmp_path / "runs" / "tiny")
+    assert [(row["step"], float(row["mine"])) for row in rows] == [("5", 5), ("10", 10), ("15", 15), ("20", 20)]
+    assert all(row["images_seen"] and row["loss"] for row in rows)
+    (records,) = recorded(tmp_path / "runs" / "tiny")
+    placed = [(row["images_seen"], row["mine"]) for row in history(records) if "mine" in row]
+    assert placed == [(80, 5), (160, 10), (240, 15), (320, 20)]
 
 
 def test_arguments_are_kept_as_attributes() -> None:

@@ -13,11 +13,13 @@ from fmlit.core.randomness import image_seeds
 from fmlit.data.stores import warn_of_uneven_classes
 from fmlit.metrics import Features, ImageQuality, PixelFeatures, Reference, reference_statistics
 from fmlit.metrics.image_quality import Metric, check_metrics, quantize
+from fmlit.metrics.protocol import metric_key
 from fmlit.sampling.generate import generate
 from fmlit.sampling.samplers import ODESampler, Sampler
 from fmlit.storage.checkpoints import load
 from fmlit.training.callbacks.checkpoint import save
 from fmlit.training.hooks import EveryImages, check_sampler
+from fmlit.training.loggers import read_rows
 from fmlit.training.modules import GenerativeModule
 
 
@@ -66,10 +68,12 @@ class QualityCurve(EveryImages):
         self.latest: dict[str, float] = {}
         self.best: float | None = None
         self._best_of: str | None = None  # the metric
+        self._best_at: int | None = None  # images seen by the best.ckpt that an earlier launch left
         self._reference: Reference | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self.latest, self.best, self._best_of, self._best_at = {}, None, None, None
         if self.every is not None:
             check_sampler(self.sampler, pl_module, "quality.sampler")
             if len(pl_module.model.shape) != 3:
@@ -88,6 +92,23 @@ class QualityCurve(EveryImages):
         source = data.dataset(self.split), data.fingerprint(self.split), self.features, self.split, self.cache
         self._reference = reference_statistics(*source, batch_size=self.batch_size)
 
+    def was_done(self, trainer: pl.Trainer, module: GenerativeModule) -> bool:
+        """Where the save of best.ckpt was cut short, its score is measured again."""
+        names = tuple(metric_key(metric, self.features.name, self.n).rpartition("_")[0] for metric in self.metrics)
+
+        def read() -> dict[str, float]:
+            rows = read_rows(module.run.folder.metrics)
+            here = next((row for row in rows if row.get("step") == str(trainer.global_step)), {})
+            return {name: float(here[name]) for name in here if here[name] and name.rpartition("_")[0] in names}
+
+        self.latest = ProcessGroup.current().from_first(read)
+        return self._best_at == module.images_seen or (bool(self.latest) and not self._is_better(*self._first()))
+
+    def _first(self) -> tuple[float, str]:
+        """The latest value of the metric that decides which checkpoint is the best."""
+        name, value = next(iter(self.latest.items()))
+        return value, name
+
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         assert self._reference is not None
         model = module.run.sampled_model()
@@ -100,7 +121,7 @@ class QualityCurve(EveryImages):
         self.latest = ranks.from_first(quality.reduce().compute)
         module.run.log(self.latest)
         cost = quality.cost()
-        name, first = next(iter(self.latest.items()))
+        first, name = self._first()
         if self.best is None and trainer.is_global_zero:
             print(f"{name} is {quality.protocol(module.run.sampled_weights, self.sampler.name)}; {cost}", flush=True)
         if self._is_better(first, name):
@@ -121,16 +142,18 @@ class QualityCurve(EveryImages):
             if not trainer.ckpt_path or not path.exists():
                 return None
             try:
-                return dict(load(path)["callbacks"][self.state_key])
+                checkpoint = load(path)
+                return {**checkpoint["callbacks"][self.state_key], "at": checkpoint["images_seen"]}
             except (KeyError, OSError, TypeError, ValueError):  # damaged, or another program's
                 return None
 
         stored = ProcessGroup.current().from_first(read)
         if stored and self._is_better(stored["best"], stored["of"]):
-            self.load_state_dict(stored)
+            self.best, self._best_of, self._best_at = stored["best"], stored["of"], stored["at"]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "of": self._best_of}
+        return {**super().state_dict(), "best": self.best, "of": self._best_of}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self.best, self._best_of = state_dict["best"], state_dict["of"]

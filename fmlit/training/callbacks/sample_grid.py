@@ -53,6 +53,12 @@ class SampleGrid(EveryImages):
         if self.every is not None:
             check_sampler(self.sampler, pl_module, "samples.sampler")
 
+    def was_done(self, trainer: pl.Trainer, module: GenerativeModule) -> bool:
+        path = module.run.folder.sample_grid(module.images_seen)
+        done = ProcessGroup.current().from_first(path.exists)
+        self.newest = path if done else None
+        return done
+
     def act(self, trainer: pl.Trainer, module: GenerativeModule) -> None:
         model = module.run.sampled_model()
         classes = model.num_classes
