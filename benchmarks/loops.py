@@ -79,8 +79,8 @@ class BareLoop(Loop):
         loss.backward()
         if work.clip:
             clip_grad_norm_(self.weights, work.clip)
+        self.optimizer.param_groups[0]["lr"] = work.learning_rate * work.factor(self.images_seen + work.batch_size / 2)
         self.images_seen += work.batch_size
-        self.optimizer.param_groups[0]["lr"] = work.learning_rate * work.factor(self.images_seen)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():

@@ -145,7 +145,7 @@ class Workload:
     device: torch.device
     mixed: bool
     learning_rate: float
-    factor: Callable[[int], float]
+    factor: Callable[[float], float]
     betas: tuple[float, float]
     weight_decay: float
     clip: float | None

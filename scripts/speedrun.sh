@@ -42,7 +42,11 @@ status=0 # SIGTERM makes training save and end with 143
 timeout --preserve-status --signal TERM --kill-after 90 "${minutes}m" \
   "$python" scripts/train.py "${recipe[@]}" --name "$name" --resume auto "${start[@]}" "$@" || status=$?
 run=runs/$name # 137: it was killed while it saved; an earlier checkpoint is enough
-[ $status = 0 ] || [ $status = 143 ] || { [ $status = 137 ] && [ -e "$run/checkpoints/last.ckpt" ]; }
+case $status in
+  0 | 143) ;;
+  137) [ -e "$run/checkpoints/last.ckpt" ] || exit $status ;;
+  *) exit $status ;;
+esac
 
 say "what is worth keeping"
 rm -rf "$run/export"

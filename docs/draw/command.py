@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from docs.draw import floors, images, memorization, odes, picard, plane, sdes, solver_table, style, two_points
+from docs.draw import floors, images, memorization, odes, picard, plane, sdes, solver_table, style, two_points, weights
 from docs.draw.curves import read_metrics, training_curves
 from docs.draw.oracle import checkerboard, exact_model
 from fmlit.cli.options import Names
@@ -29,6 +29,7 @@ EXACT: dict[str, Callable[[], Figure]] = {
     "plane_fields": plane.plane_fields,
     "plane_simulations": plane.plane_simulations,
     "gaussian_to_data": plane.gaussian_to_data,
+    "loss_weights": weights.loss_weights,
     "noising": images.noising,
     "floors": floors.floors,
 }
