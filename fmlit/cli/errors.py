@@ -32,6 +32,7 @@ def one_line_errors(memory: str = "try a smaller --batch_size") -> Iterator[None
     Args:
         memory: the way out where there is too little memory.
     """
+    parent = os.getppid()  # now: rank 0 may be gone before this process fails
     try:
         yield
     except KeyboardInterrupt:
@@ -46,17 +47,22 @@ def one_line_errors(memory: str = "try a smaller --batch_size") -> Iterator[None
             raise
         message = f"{shortage}: {memory}" if shortage else original_message(str(error), type(error))
         code = next((code for kind, code in ENDINGS.items() if isinstance(error, kind)), 2)
-        exit_with(message or type(error).__name__, code)
+        exit_with(message or type(error).__name__, code, parent)
 
 
-def exit_with(message: str, code: int = 2) -> NoReturn:
+def exit_with(message: str, code: int = 2, parent: int | None = None) -> NoReturn:
     """Print the message on one line and exit.
 
-    Of several processes rank 0 speaks for all. The others give it time to fail as well, which ends them or orphans
-    them. Where rank 0 goes on, the mistake is theirs alone and they print it.
+    Of several processes, rank 0 speaks for all. The others give it time to fail as well, which ends them or orphans
+    them. If rank 0 continues, the mistake is theirs alone and they print it.
+
+    Args:
+        message: what went wrong.
+        code: the exit code.
+        parent: the process that started this one, which is rank 0 if Lightning did. Default: the current parent.
     """
-    rank, parent = process_rank(), os.getppid()
-    if rank:
+    rank, parent = process_rank(), parent or os.getppid()
+    if rank and os.getppid() == parent:
         time.sleep(RANK_0_FIRST_S)
     if os.getppid() == parent:
         line = "; ".join(part for text in message.splitlines() if (part := text.strip()))
