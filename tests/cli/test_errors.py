@@ -338,20 +338,21 @@ def test_what_keeps_its_traceback(kind: type[Exception]) -> None:
         raise kind("mine")
 
 
-@pytest.mark.parametrize("orphaned", [False, True])
+@pytest.mark.parametrize("parents", [[100, 100, 100], [100, 100, 1], [100, 1, 1]])
 def test_other_ranks_speak_only_where_rank_0_has_not_failed_as_well(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, orphaned: bool
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, parents: list[int]
 ) -> None:
-    parents = iter([100, 1 if orphaned else 100])
+    """Their parent, rank 0, stays, or ends while they wait, or has ended before they fail."""
+    left = iter(parents)
     waited: list[float] = []
-    monkeypatch.setattr(os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(os, "getppid", lambda: next(left))
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setattr(rank_zero_only, "rank", 3)
-    with pytest.raises(SystemExit) as end:
-        errors.exit_with("no space left")
+    with pytest.raises(SystemExit) as end, errors.one_line_errors():
+        raise UserError("no space left")
     assert end.value.code == 2
-    assert waited == [errors.RANK_0_FIRST_S]
-    assert capsys.readouterr().err == ("" if orphaned else "error: rank 3: no space left\n")
+    assert waited == ([] if parents[1] == 1 else [errors.RANK_0_FIRST_S])
+    assert capsys.readouterr().err == ("error: rank 3: no space left\n" if parents[2] == 100 else "")
 
 
 def test_an_abstract_class_says_what_it_lacks(tmp_path: Path) -> None:
