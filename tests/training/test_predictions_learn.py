@@ -136,7 +136,8 @@ def module(path, prediction, kind=FlowMatchingModule) -> GenerativeModule:
 @pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
 def test_every_prediction_learns_on_every_path(path, prediction):
     trained = module(path, prediction)
-    train(trained, 2000)
+    # A score grows like 1/beta towards the data. Larger steps reach its range sooner.
+    train(trained, 2000, lr=5e-3 if isinstance(prediction, Score) else 3e-3)
     found = errors(trained.model)
     assert len(found) > 5
     assert max(found.values()) <= 0.15, found
