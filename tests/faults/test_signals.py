@@ -1,6 +1,7 @@
 """Signals: a checkpoint, the agreement of all ranks, a requeued job, the exit code; and what kill -9 leaves behind."""
 
 import os
+import pty
 import signal
 import time
 from datetime import timedelta
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fmlit.sampling.samplers import ODESampler
 from fmlit.training.callbacks import SampleGrid
@@ -75,6 +77,46 @@ def test_a_signal_to_any_rank_ends_all_with_one_checkpoint(name, code, ranks, ta
     assert all(outcome.err == "" for outcome in others)
     assert f'"preempted": "{name}"' in first.out.splitlines()[-1]
     assert job.rows == 1 + saved // 12  # not a step after it
+
+
+def test_ctrl_c_in_a_terminal_also_reaches_the_data_workers_and_counts_once(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(24):
+        Image.effect_noise((8, 8), 50).save(tmp_path / "pictures" / f"{number}.png")
+    data = ("--data=ImageFolder", f"--data.root={tmp_path / 'pictures'}", "--data.size=8", "--data.num_workers=2")
+    job = Job(tmp_path, *data, "--data.batch_size=12", fault=_listens)
+    job.wait_until(trained)
+    os.killpg(job.processes[0].pid, signal.SIGINT)
+    (outcome,) = job.outcomes()
+    assert outcome.code == 130
+    saved = job.run / "checkpoints" / f"{job.last()['images_seen']:09d}.ckpt"
+    assert outcome.err == f"SIGINT: {FIRST}interrupted by SIGINT: saved {saved}; --resume goes on\n"
+
+
+def _on_a_terminal(rank: int) -> None:
+    """As under ssh: what is printed after the connection is lost fails."""
+    _listens(rank)
+    ours, theirs = pty.openpty()
+    os.dup2(theirs, 1)
+    os.dup2(theirs, 2)
+    loss = FlowMatchingModule.loss
+
+    def hang_up(self, *args):
+        nonlocal ours
+        if self.images_seen >= IN_THE_MIDDLE and ours:
+            os.close(ours)
+            ours = 0
+            os.kill(os.getpid(), signal.SIGHUP)
+        return loss(self, *args)
+
+    FlowMatchingModule.loss = hang_up
+
+
+def test_a_lost_terminal_loses_no_more_than_what_is_printed(tmp_path):
+    job = Job(tmp_path, fault=_on_a_terminal)
+    (outcome,) = job.outcomes()
+    assert outcome.code == 129
+    assert job.last()["images_seen"] == IN_THE_MIDDLE + 12
 
 
 def _stuck(rank: int) -> None:
