@@ -49,6 +49,7 @@ from fmlit.storage.run_folder import RunFolder
 from fmlit.training import trainer_settings
 from fmlit.training.callbacks import Preempted, ProgressBar, TrainingLog
 from fmlit.training.launch import begin
+from fmlit.training.lightning_internals import exit_at_once
 from fmlit.training.loggers import MetricsFile
 from fmlit.training.modules import GenerativeModule
 from fmlit.training.rendezvous import agree
@@ -233,7 +234,7 @@ class TrainingCLI(LightningCLI):
             print(describe_run(self.run_folder, self.trainer, self.model, self.datamodule, self.start), flush=True)
         started = time.perf_counter()
         try:
-            with self.parts.preemption.watch_signals():
+            with self.parts.preemption.watch_signals(exit_at_once):
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
         except RuntimeError as error:
             if not (isinstance(error, torch.distributed.DistError) or GLOO_ERROR.match(str(error))):

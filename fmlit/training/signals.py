@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -28,7 +28,7 @@ def ignored(number: signal.Signals) -> bool:
 
 
 @contextlib.contextmanager
-def end_at_second_signal(first_answer: str) -> Iterator[None]:
+def end_at_second_signal(first_answer: str, end: Callable[[int], object]) -> Iterator[None]:
     """During the block, answer the first of the signals ``ENDING`` by a line, and end the process at a second one.
 
     The signals must have Python handlers. A thread reads their numbers from a pipe that Python's own handler fills. So
@@ -36,6 +36,7 @@ def end_at_second_signal(first_answer: str) -> Iterator[None]:
 
     Args:
         first_answer: what rank 0 prints after the name of the first signal.
+        end: ends the process with an exit code, from any thread.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -44,7 +45,7 @@ def end_at_second_signal(first_answer: str) -> Iterator[None]:
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     _pipes.add(writer)
-    threading.Thread(target=_answer, args=(reader, first_answer), daemon=True).start()
+    threading.Thread(target=_answer, args=(reader, first_answer, end), daemon=True).start()
     try:
         yield
     finally:
@@ -53,7 +54,7 @@ def end_at_second_signal(first_answer: str) -> Iterator[None]:
         os.close(writer)  # ends the thread
 
 
-def _answer(reader: int, first_answer: str) -> None:
+def _answer(reader: int, first_answer: str, end: Callable[[int], object]) -> None:
     first: float | None = None
     with open(reader, "rb", buffering=0) as pipe:
         while number := pipe.read(1):
@@ -67,7 +68,7 @@ def _answer(reader: int, first_answer: str) -> None:
                 _say(f"{name}: {first_answer}")
             elif time.monotonic() - first >= SECOND_AFTER_S:
                 _say(f"{name}: a second signal, ended at once")
-                os._exit(128 + number[0])  # no default handler: process 1 of a container would survive it
+                end(128 + number[0])  # no default handler: process 1 of a container would survive it
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -65,17 +65,20 @@ class Preemption(Callback):
         self._ranks = ProcessGroup()
 
     @contextlib.contextmanager
-    def watch_signals(self) -> Iterator[None]:
+    def watch_signals(self, end: Callable[[int], object]) -> Iterator[None]:
         """Note signals during the block, also while Lightning sets up. The previous handlers return at its end.
 
         SIGINT and SIGHUP are noted only here: a program of the user's own keeps its Ctrl-C. One that is ignored, as
         under ``nohup``, stays ignored.
+
+        Args:
+            end: ends the process with an exit code at a second signal. A thread calls it.
         """
         self._watched = tuple(number for number in SIGNALS if not (number in BY_HAND and ignored(number)))
         before = {number: signal.getsignal(number) for number in self._watched}
         set_handlers(dict.fromkeys(self._watched, self._note))
         try:
-            with end_at_second_signal("saving a checkpoint before the run ends; a second signal ends it at once"):
+            with end_at_second_signal("saving a checkpoint before the run ends; a second signal ends it at once", end):
                 yield
         finally:
             set_handlers(before)
