@@ -26,8 +26,8 @@ def one_line_errors(memory: str = "try a smaller --batch_size") -> Iterator[None
     """End the program with one line on stderr where the user can fix what went wrong.
 
     A ``UserError``, a missing file and too little memory end with exit code 2, a lost process with 1, a lost lease with
-    76, what may be different at another time with 75, and Ctrl-C with 130. Any other error passes and keeps its
-    traceback. ``FMLIT_DEBUG=1`` shows every traceback.
+    76, what another try may cure, such as a full disk, with 75, and Ctrl-C with 130. Any other error passes and keeps
+    its traceback. ``FMLIT_DEBUG=1`` shows every traceback.
 
     Args:
         memory: the way out where there is too little memory.

@@ -23,7 +23,6 @@ import json
 import math
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -50,6 +49,7 @@ from fmlit.storage.run_folder import RunFolder
 from fmlit.training import trainer_settings
 from fmlit.training.callbacks import Preempted, ProgressBar, TrainingLog
 from fmlit.training.launch import begin
+from fmlit.training.lightning_internals import exit_at_once
 from fmlit.training.loggers import MetricsFile
 from fmlit.training.modules import GenerativeModule
 from fmlit.training.rendezvous import agree
@@ -60,7 +60,6 @@ PARTS: dict[str, type[pl.Callback]] = Parts.__annotations__
 MEMORY = "lower data.batch_size (while scoring quality.batch_size), or raise trainer.accumulate_grad_batches"
 TRAINER_ERRORS = (ValueError, TypeError, ImportError, MisconfigurationException)  # of options that do not fit
 GLOO_ERROR = re.compile(r"\[\S*/gloo/")  # gloo's errors start with the file that raises them
-PREEMPTED = 128 + signal.SIGTERM  # the exit code, whichever signal it was: what schedulers take for an ended job
 
 
 class RunConfig(SaveConfigCallback):
@@ -235,14 +234,8 @@ class TrainingCLI(LightningCLI):
             print(describe_run(self.run_folder, self.trainer, self.model, self.datamodule, self.start), flush=True)
         started = time.perf_counter()
         try:
-            with self.parts.preemption.watch_signals():
+            with self.parts.preemption.watch_signals(exit_at_once):
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            if self.trainer.is_global_zero and self.trainer.global_step:
-                newest = self.parts.checkpoint.newest or self.start.checkpoint
-                goes_on = f"--resume goes on from {newest}" if newest else "nothing had been saved yet"
-                print(f"interrupted after {self.model.images_seen:,} images; {goes_on}", file=sys.stderr)
-            raise
         except RuntimeError as error:
             if not (isinstance(error, torch.distributed.DistError) or GLOO_ERROR.match(str(error))):
                 raise
@@ -291,10 +284,10 @@ def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, progra
         seconds = time.perf_counter() - started
         summary = summarize_run(cli.run_folder, cli.model, cli.start, cli.parts, seconds, cli.fit_seconds)
         if preempted:
-            print(f"preempted by {preempted}", file=sys.stderr)
+            print(preempted, file=sys.stderr)
             summary["preempted"] = preempted.signal
         elif (done := cli.trainer.global_step) < cli.trainer.max_steps:  # by trainer.max_time, or a callback
             print(f"ended after {done:,} of {cli.trainer.max_steps:,} steps; --resume goes on", file=sys.stderr)
         print(json.dumps(summary), flush=True)
     if preempted:
-        raise SystemExit(PREEMPTED)
+        raise SystemExit(preempted.exit_code)

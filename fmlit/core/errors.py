@@ -1,5 +1,7 @@
 """The errors that a command reports in one line. Any other error is a bug, and keeps its traceback."""
 
+import errno
+
 
 class UserError(ValueError):
     """A mistake that the user can fix.
@@ -28,9 +30,19 @@ class TryAgainError(RuntimeError):
     """Something that may well be different at another time. Commands end with exit code 75."""
 
 
+class StorageError(FileError, TryAgainError):
+    """A disk that is full, read-only or failing. Commands end with exit code 75: there may be room at another time."""
+
+
 MISTAKES = (UserError, FileNotFoundError)
+PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}  # what may cure itself
 ENDINGS = {LeaseLostError: 76, TryAgainError: 75, LostProcessError: 1, UserError: 2, FileNotFoundError: 2}  # exit codes
 INTERRUPTED = 130  # the exit code that shells report for Ctrl-C
+
+
+def writing_error(message: str, cause: OSError) -> FileError:
+    """The error for a file that could not be written: a ``StorageError`` if another try may well succeed."""
+    return StorageError(message) if cause.errno in PASSING else FileError(message)
 
 
 def first_line(error: BaseException) -> str:
@@ -40,14 +52,14 @@ def first_line(error: BaseException) -> str:
 
 def kind_of(error: BaseException) -> str:
     """A name for other processes of what an error means, for ``from_rank``."""
-    if isinstance(error, MISTAKES):
-        return UserError.__name__
-    return next((kind.__name__ for kind in (LeaseLostError, TryAgainError) if isinstance(error, kind)), "")
+    kinds = (LeaseLostError, StorageError, TryAgainError)
+    mistake = UserError.__name__ if isinstance(error, MISTAKES) else ""
+    return next((kind.__name__ for kind in kinds if isinstance(error, kind)), mistake)
 
 
 def from_rank(rank: int, message: str, kind: str) -> Exception:
     """The error of another rank, of the kind that ``kind_of`` has named there."""
-    kinds = {known.__name__: known for known in (UserError, LeaseLostError, TryAgainError)}
+    kinds = {known.__name__: known for known in (UserError, LeaseLostError, StorageError, TryAgainError)}
     return kinds.get(kind, RuntimeError)(f"rank {rank}: {message}")
 
 

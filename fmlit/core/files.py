@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from fmlit.core.errors import FileError, UserError
+from fmlit.core.errors import FileError, UserError, writing_error
 from fmlit.core.processes import ProcessGroup
 
 
@@ -44,8 +44,9 @@ def file_errors(path: str | Path) -> Iterator[None]:
     except FileError:
         raise
     except OSError as error:
-        raise FileError(
-            f"cannot write {path}: {error.strerror or error}; free space there, make it writable, or choose another"
+        raise writing_error(
+            f"cannot write {path}: {error.strerror or error}; free space there, make it writable, or choose another",
+            error,
         ) from error
 
 

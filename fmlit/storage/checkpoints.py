@@ -13,7 +13,7 @@ from typing import IO, Any, cast
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from fmlit.core.errors import FileError, UserError, first_line
+from fmlit.core.errors import UserError, first_line, writing_error
 from fmlit.core.files import HashingWriter, atomic_write, check_owner, read_hashes, remove, sha256, write_hashes
 from fmlit.storage.descriptions import check_depth
 from fmlit.storage.run_folder import LAST
@@ -51,9 +51,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if previous:
                 _record(path, [digest])
         except OSError as error:
-            raise FileError(
+            raise writing_error(
                 f"cannot write checkpoint {path.name} in {path.parent}: {error.strerror or error}; earlier checkpoints "
-                f"are untouched; free space there, make the folder writable, or choose another"
+                f"are untouched; free space there, make the folder writable, or choose another",
+                error,
             ) from error
 
     def load_checkpoint(

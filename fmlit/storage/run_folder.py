@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmlit.core.errors import FileError, UserError
+from fmlit.core.errors import UserError, writing_error
 from fmlit.core.files import atomic_write
 
 LAST = "last.ckpt"
@@ -161,7 +161,7 @@ class RunFolder(os.PathLike[str]):
                 raise
         except OSError as error:
             reason = error.strerror or error
-            raise FileError(f"cannot create a run folder in {root}: {reason}; choose another") from error
+            raise writing_error(f"cannot create a run folder in {root}: {reason}; choose another", error) from error
         return folder
 
     @staticmethod

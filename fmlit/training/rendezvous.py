@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch.distributed import TCPStore
 
-from fmlit.core.errors import UserError, first_line, from_rank, kind_of
+from fmlit.core.errors import TryAgainError, UserError, first_line, from_rank, kind_of
 
 _calls = itertools.count()
 _hosted: list[TCPStore] = []  # rank 0's stores: the process group goes on with the server, so it must stay alive
@@ -27,8 +27,8 @@ def agree(decide: Callable[[], Any], timeout_s: float = 300.0) -> Any:
     children from rank 0 after this call: they inherit an environment variable. All call this in the same order.
 
     Raises:
-        UserError: ``decide`` raised one on rank 0, the processes do not find each other within ``timeout_s`` seconds,
-            or this process has no rank 0.
+        UserError: ``decide`` raised one on rank 0, rank 0 cannot listen, or this process has no rank 0.
+        TryAgainError: the processes do not find each other within ``timeout_s`` seconds.
         RuntimeError: ``decide`` raised another error on rank 0, which raises it itself.
     """
     call = next(_calls)
@@ -82,7 +82,8 @@ def connect(meeting: Meeting, timeout_s: float) -> TCPStore:
     except RuntimeError as error:
         problem = "cannot listen" if hosting else f"did not find rank 0 within {timeout_s:g} s"
         problem = f"rank {rank} {problem} at {address}:{port} ({first_line(error)})"
-        raise UserError(f"{problem}; look at what rank 0 says, or set MASTER_PORT to a free port") from error
+        kind = UserError if hosting else TryAgainError
+        raise kind(f"{problem}; look at what rank 0 says, or set MASTER_PORT to a free port") from error
     if hosting:
         _hosted.append(store)
     return store
@@ -104,7 +105,8 @@ def _listen(store: TCPStore, key: str, rank: int, timeout_s: float) -> Any:
             store.set(f"{said}/{mine}/heard", "")
             break
     except RuntimeError as error:
-        raise UserError(f"rank {rank} heard nothing from rank 0 ({first_line(error)}); look at its output") from error
+        problem = f"rank {rank} heard nothing from rank 0 ({first_line(error)}); look at its output"
+        raise TryAgainError(problem) from error
     if "error" in answer:
         raise from_rank(0, answer["error"], answer["kind"])
     return answer["value"]
@@ -138,5 +140,5 @@ def _announce(store: TCPStore, key: str, decide: Callable[[], Any], world_size: 
         raise failure
     if missing:
         came = f"ranks {sorted(missing)} of {world_size} did not come"
-        raise UserError(f"{came}; was the script started by torchrun or srun?")
+        raise TryAgainError(f"{came}; was the script started by torchrun or srun?")
     return answer["value"]

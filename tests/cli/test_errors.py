@@ -1,5 +1,6 @@
 """Every mistake ends with exit code 2 and one line that names the key or the file, and leaves nothing behind."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from fmlit.cli import errors
 from fmlit.cli.parsing import LINKS, tidy
-from fmlit.core.errors import FileError, LostProcessError, UserError
+from fmlit.core.errors import FileError, LostProcessError, TryAgainError, UserError, writing_error
 from fmlit.training.modules import FlowMatchingModule
 from tests.helpers.tiny_cli import CONFIGS, recipe, runs_in, train
 
@@ -321,6 +322,9 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys: pytest.Captu
     [
         (UserError("a key: wrong"), 2, "error: a key: wrong"),
         (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
+        (TryAgainError("ranks [1] of 2 did not come"), 75, "error: ranks [1] of 2 did not come"),
+        (writing_error("no room", OSError(errno.ENOSPC, "full")), 75, "error: no room"),
+        (writing_error("not allowed", OSError(errno.EACCES, "no")), 2, "error: not allowed"),
         (LostProcessError("lost another process"), 1, "error: lost another process"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -49,7 +49,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_leaves_what_was_there(tmp_pa
     healthy.finish()
     for ranks in (1, 2):
         outcomes = Job(tmp_path, ranks=ranks, fault=_disk_full_after_100_kb).outcomes()
-        assert [outcome.code for outcome in outcomes] == [2] * ranks
+        assert [outcome.code for outcome in outcomes] == [75] * ranks
         line = outcomes[0].err.splitlines()[-1]
         assert line.startswith("error: cannot write checkpoint 000000120.ckpt in ")
         assert "File too large; earlier checkpoints are untouched; free space there" in line
@@ -63,7 +63,7 @@ def test_a_run_may_go_on_without_a_checkpoint_but_not_end_without_one(tmp_path):
     for ranks in (1, 2):
         job = Job(tmp_path, *options, ranks=ranks, fault=_disk_full_after_100_kb)
         outcomes = job.outcomes()
-        assert [outcome.code for outcome in outcomes] == [2] * ranks
+        assert [outcome.code for outcome in outcomes] == [75] * ranks
         assert outcomes[0].err.count("training goes on") == 3  # after 120, 180 and 240 images
         assert "error: cannot write checkpoint 000000240.ckpt in " in outcomes[0].err
         assert job.last()["images_seen"] == 60

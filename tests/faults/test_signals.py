@@ -1,14 +1,20 @@
-"""Signals: a checkpoint, the agreement of all ranks, a requeued job, exit code 143; and what kill -9 leaves behind."""
+"""Signals: a checkpoint, the agreement of all ranks, a requeued job, the exit code; and what kill -9 leaves behind."""
 
 import os
+import pty
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fmlit.sampling.samplers import ODESampler
 from fmlit.training.callbacks import SampleGrid
+from fmlit.training.modules import FlowMatchingModule
+from fmlit.training.signals import SECOND_AFTER_S
 from tests.faults.jobs import Job, assert_same_training
 from tests.faults.soak import soak
 
@@ -37,19 +43,115 @@ def test_a_killed_run_ends_in_the_weights_of_an_uninterrupted_one(whole, tmp_pat
     assert_same_training(Job(tmp_path, ranks=ranks).finish(), expected)
 
 
-@pytest.mark.parametrize(("ranks", "target"), [(1, 0), (2, 0), (2, 1)])
-def test_sigterm_to_any_rank_ends_all_with_one_checkpoint(ranks, target, tmp_path):
-    job = Job(tmp_path, ranks=ranks)
+def _listens(rank: int) -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would all that these tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+FIRST = "saving a checkpoint before the run ends; a second signal ends it at once\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "ranks", "target"),
+    [
+        ("SIGTERM", 143, 1, 0),
+        ("SIGTERM", 143, 2, 0),
+        ("SIGTERM", 143, 2, 1),
+        ("SIGINT", 130, 1, 0),
+        ("SIGINT", 130, 2, 1),
+        ("SIGHUP", 129, 1, 0),
+    ],
+)
+def test_a_signal_to_any_rank_ends_all_with_one_checkpoint(name, code, ranks, target, tmp_path):
+    job = Job(tmp_path, ranks=ranks, fault=_listens)
     job.wait_until(trained)
-    job.signal(signal.SIGTERM, target)
+    job.signal(signal.Signals[name], target)
     first, *others = job.outcomes()
-    assert [outcome.code for outcome in (first, *others)] == [143] * ranks
+    assert [outcome.code for outcome in (first, *others)] == [code] * ranks
     saved = job.last()["images_seen"]
     path = job.run / "checkpoints" / f"{saved:09d}.ckpt"
-    assert first.err == f"preempted by SIGTERM: saved {path}; --resume goes on\n"
+    verb = "preempted" if name == "SIGTERM" else "interrupted"
+    answer = f"{name}: {FIRST}" if target == 0 else ""
+    assert first.err == f"{answer}{verb} by {name}: saved {path}; --resume goes on\n"
     assert all(outcome.err == "" for outcome in others)
-    assert '"preempted": "SIGTERM"' in first.out.splitlines()[-1]
+    assert f'"preempted": "{name}"' in first.out.splitlines()[-1]
     assert job.rows == 1 + saved // 12  # not a step after it
+
+
+def test_ctrl_c_in_a_terminal_also_reaches_the_data_workers_and_counts_once(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(24):
+        Image.effect_noise((8, 8), 50).save(tmp_path / "pictures" / f"{number}.png")
+    data = ("--data=ImageFolder", f"--data.root={tmp_path / 'pictures'}", "--data.size=8", "--data.num_workers=2")
+    job = Job(tmp_path, *data, "--data.batch_size=12", fault=_listens)
+    job.wait_until(trained)
+    os.killpg(job.processes[0].pid, signal.SIGINT)
+    (outcome,) = job.outcomes()
+    assert outcome.code == 130
+    saved = job.run / "checkpoints" / f"{job.last()['images_seen']:09d}.ckpt"
+    assert outcome.err == f"SIGINT: {FIRST}interrupted by SIGINT: saved {saved}; --resume goes on\n"
+
+
+def _on_a_terminal(rank: int) -> None:
+    """As under ssh: what is printed after the connection is lost fails."""
+    _listens(rank)
+    ours, theirs = pty.openpty()
+    os.dup2(theirs, 1)
+    os.dup2(theirs, 2)
+    loss = FlowMatchingModule.loss
+
+    def hang_up(self, *args):
+        nonlocal ours
+        if self.images_seen >= IN_THE_MIDDLE and ours:
+            os.close(ours)
+            ours = 0
+            os.kill(os.getpid(), signal.SIGHUP)
+        return loss(self, *args)
+
+    FlowMatchingModule.loss = hang_up
+
+
+def test_a_lost_terminal_loses_no_more_than_what_is_printed(tmp_path):
+    job = Job(tmp_path, fault=_on_a_terminal)
+    (outcome,) = job.outcomes()
+    assert outcome.code == 129
+    assert job.last()["images_seen"] == IN_THE_MIDDLE + 12
+
+
+def _stuck(rank: int) -> None:
+    """In the middle of training, in a call that runs no Python handlers while it lasts."""
+    _listens(rank)
+    loss = FlowMatchingModule.loss
+
+    def stuck(self, *args):
+        if self.images_seen >= 2 * IN_THE_MIDDLE:
+            print("stuck", flush=True)
+            torch.distributed.TCPStore("127.0.0.1", 0, is_master=True).wait(["never"], timedelta(seconds=300))
+        return loss(self, *args)
+
+    FlowMatchingModule.loss = stuck
+
+
+@pytest.mark.parametrize(
+    ("once", "twice", "code"),
+    [("SIGTERM", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGINT", 130), ("SIGHUP", "SIGHUP", 129)],
+)
+def test_a_second_signal_ends_a_stuck_run_at_once(once, twice, code, tmp_path):
+    job = Job(tmp_path, fault=_stuck)
+    out = tmp_path / "out-0"
+    job.wait_until(lambda job: out.exists() and "stuck" in out.read_text())
+    before = job.checkpoints
+    job.signal(signal.Signals[once])
+    job.signal(signal.Signals[once])  # a launcher passes on what the process has had already
+    time.sleep(SECOND_AFTER_S + 0.5)
+    assert job.processes[0].is_alive()
+    job.signal(signal.Signals[twice])
+    (outcome,) = job.outcomes(timeout_s=10)
+    assert outcome.code == code
+    assert outcome.err == f"{once}: {FIRST}{twice}: a second signal, ended at once\n"
+    assert job.checkpoints == before
+    assert not list(job.run.rglob("*.partial"))
 
 
 def test_a_preempted_run_ends_in_the_weights_of_an_uninterrupted_one(whole, tmp_path):

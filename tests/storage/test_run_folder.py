@@ -144,7 +144,8 @@ def test_full_disk_leaves_no_folder(tmp_path, out):
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     (message,) = results([start(full, out)], out)
-    assert message == f"FileError: cannot create a run folder in {tmp_path / 'runs'}: File too large; choose another"
+    where = tmp_path / "runs"
+    assert message == f"StorageError: cannot create a run folder in {where}: File too large; choose another"
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -356,11 +357,11 @@ def test_missing_processes_are_named(out):
 
     tasks = [start(task, out, **slurm_task(rank, port, 4)) for rank in (0, 2)]
     assert results(tasks, out) == [
-        "UserError: ranks [1, 3] of 4 did not come; was the script started by torchrun or srun?",
+        "TryAgainError: ranks [1, 3] of 4 did not come; was the script started by torchrun or srun?",
         "x",
     ]
     (alone,) = results([start(task, out, **slurm_task(1, find_free_network_port()))], out)
-    assert alone.startswith("UserError: rank 1 did not find rank 0 within 1 s at 127.0.0.1:")
+    assert alone.startswith("TryAgainError: rank 1 did not find rank 0 within 1 s at 127.0.0.1:")
     assert "\n" not in alone
 
 

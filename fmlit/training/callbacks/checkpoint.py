@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 
-from fmlit.core.errors import FileError, UserError
+from fmlit.core.errors import FileError, StorageError, UserError
 from fmlit.core.files import check_owner, move
 from fmlit.core.processes import ProcessGroup
 from fmlit.storage.descriptions import describe
@@ -148,11 +148,15 @@ def save(trainer: pl.Trainer, path: Path, on_error: OnError) -> bool:
     except Exception as error:  # on rank 0, which writes, or on all
         failure = error
         trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait for it
-    problem = ProcessGroup.current().from_first(lambda: "" if failure is None else str(failure) or repr(failure))
+
+    def report() -> tuple[str, bool]:
+        return "" if failure is None else str(failure) or repr(failure), isinstance(failure, StorageError)
+
+    problem, passing = ProcessGroup.current().from_first(report)
     if failure is not None and not (isinstance(failure, OSError) and trainer.is_global_zero):
         raise failure  # of what is to be saved, not of the disk; the other ranks hear of it when they are done
     if problem and on_error == "abort":
-        raise FileError(problem)
+        raise (StorageError if passing else FileError)(problem)
     if problem and trainer.is_global_zero:
         log.warning("%s; training goes on", problem)
     return not problem
