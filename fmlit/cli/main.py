@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fmlit
 from fmlit.cli import recipes
+from fmlit.cli.output import lossy_output
 from fmlit.core.errors import INTERRUPTED
 
 # What each command does. It is the function of that name in the module of that name, imported when it is used.
@@ -27,7 +28,12 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the command line without the name of the program; by default that of this process.
     """
-    name, *options = (sys.argv[1:] if args is None else args) or ["--help"]
+    with lossy_output():
+        _main(sys.argv[1:] if args is None else args)
+
+
+def _main(args: Sequence[str]) -> None:
+    name, *options = args or ["--help"]
     if name in ("-h", "--help"):
         print(_help())
     elif name == "--version":

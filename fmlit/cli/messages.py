@@ -106,10 +106,10 @@ def _reason(said: str) -> str:
         r"Expected a dot import path string: (\w[\w.]*\b)|module '\S+' has no attribute '(\w+)'", text
     ):
         return _no_class(unknown[1] or unknown[2])
-    if abstract := re.search(r"but ([\w.]+) is abstract", text):
-        missing = sorted(getattr(pydoc.locate(abstract[1]), "__abstractmethods__", ()))
-        return f"{abstract[1]} is abstract: it lacks {', '.join(missing)}"
     given = re.search(r"^ *Given value: ([^(){}\n]{1,60})$", said, re.MULTILINE)
+    abstract = re.search(r"but ([\w.]+) is abstract", text) or ("but is abstract" in text and given)
+    if abstract and (missing := sorted(getattr(pydoc.locate(abstract[1].strip()), "__abstractmethods__", ()))):
+        return f"{abstract[1]} is abstract: it lacks {', '.join(missing)}"
     return _readable(f"{text}. Got value: {given[1]}" if given and "Got value" not in text else text)
 
 

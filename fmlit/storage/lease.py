@@ -231,12 +231,17 @@ def _fence(folder: RunFolder, number: int) -> None:
 
 
 def _clean_up(folder: RunFolder) -> None:
-    """Complete a takeover that was cut short, and remove the folders of the launches that were taken over."""
+    """Complete a takeover that was cut short, and remove what earlier launches left: folders, half-written files."""
     kept = sorted(folder.path.glob(".checkpoints.*.old"), key=lambda path: int(path.name.split(".")[2]))
     if kept and not folder.checkpoints.exists():
         kept.pop().rename(folder.checkpoints)
     for path in [*kept, *folder.path.glob(".checkpoints.*.new")]:
         shutil.rmtree(path, ignore_errors=True)
+    for part in (folder.path, folder.samples, folder.checkpoints):
+        for partial in part.glob(".*.partial"):
+            if not partial.name.startswith(".drawn-"):  # `sample` may be drawing it now
+                with contextlib.suppress(OSError):
+                    partial.unlink()
 
 
 def _file(folder: Path, number: int) -> Path:

@@ -13,6 +13,7 @@ from fmlit.data.data_module import DataModule
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.averages import EMA
 from fmlit.training.callbacks import Checkpoint, Preemption, QualityCurve, SampleGrid
+from fmlit.training.devices import describe_devices
 from fmlit.training.hooks import EveryImages
 from fmlit.training.modules import GenerativeModule
 from fmlit.training.resume import Start
@@ -41,6 +42,7 @@ def describe_run(
         f"{start.images + max(0, steps - start.step) * batch:,} images in {steps:,} steps of {batch}"
         + (f"; starts from the weights in {start.weights}" if start.weights else "")
         + (f"; resumed after {start.step:,} steps, {start.checkpoint}" if start.checkpoint else "")
+        + f"; {describe_devices(trainer)}"
         + ("; nothing is left to train, --images sets the length" if start.step >= steps else "")
     )
 

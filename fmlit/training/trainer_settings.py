@@ -94,7 +94,7 @@ REPLACED_CALLBACKS = {
     "LearningRateFinder": "set model.optimizer.learning_rate",
     "WeightAveraging": "fmlit averages the weights itself, see ema",
     "StochasticWeightAveraging": "fmlit averages the weights itself, see ema",
-    "ModelCheckpoint": "fmlit saves checkpoints itself, see checkpoint",
+    "Checkpoint": "fmlit saves checkpoints itself, see checkpoint",  # ModelCheckpoint and others
     "Timer": "set trainer.max_time",
 }
 

@@ -209,6 +209,7 @@ def test_what_a_constructor_refuses_is_headed_by_its_key(tmp_path: Path, options
         ("EMAWeightAveraging", [], "see ema"),
         ("StochasticWeightAveraging", ["swa_lrs=0.1"], "see ema"),
         ("ModelCheckpoint", [], "see checkpoint"),
+        ("OnExceptionCheckpoint", ["dirpath=x"], "see checkpoint"),
         ("Timer", ["duration=00:00:01:00"], "set trainer.max_time"),
     ],
 )

@@ -173,3 +173,30 @@ def test_the_message_of_a_worker_is_the_one_of_the_error() -> None:
     text = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
     assert str(UserError(f"{text}fmlit.core.errors.UserError: b.png: broken\n")) == "b.png: broken"
     assert str(UserError("a UserError: plain")) == "a UserError: plain"
+
+
+ABSTRACT = """
+import fmlit
+
+class Half(fmlit.GaussianPath):
+    def __init__(self, power: float = 1.0):
+        self.power = power
+
+    def alpha(self, t):
+        return t
+
+class Data(fmlit.DataModule):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "cls", "lacks"),
+    [("model.path", "Half", "alpha_dot, beta, beta_dot, time_of_sigma"), ("data", "Data", "load")],
+)
+def test_an_abstract_class_of_ones_own_says_what_it_lacks(tmp_path, monkeypatch, key, cls, lacks):
+    (tmp_path / "unfinished.py").write_text(ABSTRACT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "unfinished", raising=False)
+    error = train(tmp_path, f"--{key}=unfinished.{cls}").error
+    assert error == f"{key}: unfinished.{cls} is abstract: it lacks {lacks}"

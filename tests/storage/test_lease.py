@@ -258,3 +258,17 @@ def test_of_many_threads_one_creates_a_number(folder):
 def test_terms_that_make_no_sense_are_named(key, terms):
     with pytest.raises(UserError, match=f"lease_{key}"):
         Terms(**terms)
+
+
+def test_what_a_kill_left_half_written_is_removed_at_the_next_start(folder):
+    """Also where its process is known to have ended. A picture that ``sample`` is drawing is not the run's."""
+    folder.samples.mkdir()
+    folder.checkpoints.mkdir()
+    left = [folder.path / ".metrics.csv.a.partial", folder.samples / ".000000012.png.a.partial"]
+    left.append(folder.checkpoints / ".last.ckpt.a.partial")
+    drawing = folder.samples / ".drawn-001.png.a.partial"
+    for path in (*left, drawing):
+        path.write_bytes(b"half")
+    hold(folder)
+    assert not any(path.exists() for path in left)
+    assert drawing.exists()

@@ -46,9 +46,9 @@ class Saves:
         self.names: list[str] = []
         monkeypatch.setattr("fmlit.training.callbacks.checkpoint.save", self)
 
-    def __call__(self, trainer, path, on_error):
+    def __call__(self, trainer, path, on_error, *name):
         self.names.append(path.name)
-        return save(trainer, path, on_error)
+        return save(trainer, path, on_error, *name)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +192,11 @@ def test_their_time_is_counted(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr("fmlit.training.hooks.time", clock)
 
-    def slow(trainer, path, on_error):
+    def slow(trainer, path, on_error, name=None):
         clock.now += 100
         return True
 
     monkeypatch.setattr("fmlit.training.callbacks.checkpoint.save", slow)
-    monkeypatch.setattr("fmlit.training.callbacks.checkpoint.link", lambda name, target: None)
     callback = Checkpoint(24, milestones=[12, 24, 36])
     fit(digits_module(), tmp_path, 4, callback)
     assert callback.seconds == 500  # three milestones, and two of the interval

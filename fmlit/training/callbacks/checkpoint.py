@@ -1,5 +1,6 @@
 """Checkpoints every so many images: the newest few, milestones to keep, and a link to the newest of all."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 
-from fmlit.core.errors import FileError, StorageError, UserError
+from fmlit.core.errors import FileError, StorageError, UserError, writing_error
 from fmlit.core.files import check_owner, move
 from fmlit.core.processes import ProcessGroup
 from fmlit.storage.descriptions import describe
@@ -88,11 +89,9 @@ class Checkpoint(EveryImages):
 
     def _save(self, trainer: pl.Trainer, folder: RunFolder, path: Path, on_error: OnError | None = None) -> bool:
         """Save the newest checkpoint, and return whether that worked."""
-        saved = save(trainer, path, on_error or self.on_error)
+        saved = save(trainer, path, on_error or self.on_error, folder.last)
         if saved:
             self.newest = path
-            if trainer.is_global_zero:
-                link(folder.last, path)
         return saved
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
@@ -105,7 +104,10 @@ class Checkpoint(EveryImages):
             if trainer.ckpt_path and Path(trainer.ckpt_path).parent.resolve() == run.folder.checkpoints.resolve():
                 current.append(run.folder.checkpoints / Path(trainer.ckpt_path).resolve().name)
             if existing := [path for path in current if path.exists()]:
-                link(run.folder.last, existing[0])
+                try:
+                    link(run.folder.last, existing[0])
+                except OSError as error:  # a resume finds the checkpoint without it, and the next save tries again
+                    log.warning("%s; training goes on", error)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -136,8 +138,14 @@ class Checkpoint(EveryImages):
         self._looked_at = state_dict["looked_at"]
 
 
-def save(trainer: pl.Trainer, path: Path, on_error: OnError) -> bool:
+def save(trainer: pl.Trainer, path: Path, on_error: OnError, name: Path | None = None) -> bool:
     """Save a checkpoint, and return on every rank whether that worked. All ranks call it.
+
+    Args:
+        trainer: whose state is saved.
+        path: the file.
+        on_error: what to do where it cannot be written.
+        name: a link to it, which is made or replaced as a part of the save.
 
     Raises:
         FileError: it did not work, and the run must end.
@@ -148,6 +156,11 @@ def save(trainer: pl.Trainer, path: Path, on_error: OnError) -> bool:
     except Exception as error:  # on rank 0, which writes, or on all
         failure = error
         trainer.strategy.barrier("Trainer.save_checkpoint")  # where the others wait for it
+    if failure is None and name is not None and trainer.is_global_zero:
+        try:
+            link(name, path)
+        except Exception as error:
+            failure = error
 
     def report() -> tuple[str, bool]:
         return "" if failure is None else str(failure) or repr(failure), isinstance(failure, StorageError)
@@ -166,16 +179,41 @@ def link(name: Path, target: Path) -> None:
     """Atomically make ``name`` a relative symbolic link to ``target`` in the same folder.
 
     It is a hard link or a copy on a file system without symbolic links.
+
+    Raises:
+        FileError: none of them can be made. The message gives the first reason, and that of the copy if it is another.
     """
     if name.name == target.name:
         return  # the file itself has that name, as after a copy
     check_owner(name)
     part = name.with_name(f".{name.name}.{uuid.uuid4().hex}.partial")
+    failures: list[OSError] = []
     try:
-        part.symlink_to(target.name)
-    except OSError:
-        try:
-            os.link(target, part)
-        except OSError:
-            shutil.copy2(target, part)
-    move(part, name)
+        for make in (_link_symbolically, os.link, _copy):
+            try:
+                make(target, part)
+            except OSError as error:
+                failures.append(error)
+                part.unlink(missing_ok=True)  # the half of a copy
+            else:
+                move(part, name)
+                return
+        reasons = [error.strerror or str(error) for error in failures]
+        copying = f" (copying: {reasons[-1]})" if reasons[-1] != reasons[0] else ""
+        message = f"cannot link {name} to {target.name}: {reasons[0]}{copying}"
+        raise writing_error(f"{message}; free space there, or choose another folder", failures[0])
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _link_symbolically(target: Path, name: Path) -> None:
+    name.symlink_to(target.name)
+
+
+def _copy(target: Path, name: Path) -> None:
+    """Copy a file durably."""
+    with target.open("rb") as source, name.open("wb") as copy:
+        shutil.copyfileobj(source, copy)
+        copy.flush()
+        os.fsync(copy.fileno())

@@ -17,6 +17,7 @@ from fmlit.sampling.generate import generate
 from fmlit.sampling.samplers import ODESampler, Sampler
 from fmlit.training.hooks import EveryImages, check_sampler
 from fmlit.training.modules import GenerativeModule
+from fmlit.training.pictures import send_picture, warn_of_loggers_without_pictures
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class SampleGrid(EveryImages):
         image_seeds(seed, [])  # fails now, rather than at the first picture, where the seed is none
         self.sampler, self.columns, self.seed = sampler, columns, seed
         self.newest: Path | None = None
+        self._warned = False  # of loggers that take no pictures
 
     def setup(self, trainer: pl.Trainer, pl_module: GenerativeModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -77,11 +79,15 @@ class SampleGrid(EveryImages):
             self.newest = path
         except OSError as error:  # the Checkpoint callback decides whether a full disk ends the run
             log.warning("no picture %s (%s)", path, error.strerror or error)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_picture"):
-                logger.log_picture("samples", picture, module.images_seen, trainer.global_step)
-            elif hasattr(logger, "log_image"):
-                logger.log_image("samples", [picture], step=trainer.global_step)
+        step = trainer.global_step
+        without = [
+            logger
+            for logger in trainer.loggers
+            if not send_picture(logger, "samples", picture, module.images_seen, step)
+        ]
+        if without and not self._warned:
+            warn_of_loggers_without_pictures(without)
+            self._warned = True
 
     def _draw(self, model: GenerativeModel, count: int, labels: Tensor | None) -> Tensor:
         """Samples 0 ... count - 1 in their order, on every rank."""
