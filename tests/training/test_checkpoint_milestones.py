@@ -264,7 +264,7 @@ def test_ranks_save_them_together_and_fail_together(on_error, tmp_path):
             assert (seen, outcome) == ("72", "trained")
         elif on_error == "abort":
             assert seen == "48"
-            assert outcome.startswith("FileError: cannot write checkpoint milestone-000000048.ckpt")
+            assert outcome.startswith("StorageError: cannot write checkpoint milestone-000000048.ckpt")
         else:
             assert seen == "48"
             assert "the checkpoint would hold datetime.datetime, which could not be loaded again" in outcome
