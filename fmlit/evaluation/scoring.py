@@ -165,7 +165,8 @@ class Scorer:
 
         Args:
             batches: this rank's uint8 images (B, C, H, W), each with the labels (B,) that were asked for, or None.
-            weights, sampler: what the protocol string says of the origin of the images.
+            weights: the name of the weights that made the images, for the protocol string.
+            sampler: the name of the sampler that made them, for the protocol string.
         """
         quality = ImageQuality(self.features, self.references, self.distances) if self.distances else None
         reader = self.reader if "class" in self.metrics else None

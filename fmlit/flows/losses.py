@@ -27,7 +27,8 @@ def flow_matching_loss(
     Args:
         velocity: the field u_theta, (x (B, *shape), t (B,)) -> (B, *shape).
         path: the Gaussian path.
-        z, eps: data and noise, (B, *shape).
+        z: data, (B, *shape).
+        eps: noise, (B, *shape).
         t: times, (B,).
         weight: w(t), (B,), or None for 1.
 
@@ -56,7 +57,8 @@ def score_matching_loss(
     Args:
         score: the field s_theta, (x (B, *shape), t (B,)) -> (B, *shape).
         path: the Gaussian path.
-        z, eps: data and noise, (B, *shape).
+        z: data, (B, *shape).
+        eps: noise, (B, *shape).
         t: times, (B,).
         weight: w(t), (B,), or None for 1.
 
@@ -84,7 +86,8 @@ def prediction_loss(
         network: the output F at a point of the path, (x (B, *shape), t (B,)) -> (B, *shape).
         prediction: what F predicts.
         path: the Gaussian path.
-        z, eps: data and noise, (B, *shape).
+        z: data, (B, *shape).
+        eps: noise, (B, *shape).
         t: times, (B,).
         weight: w(t), (B,).
 

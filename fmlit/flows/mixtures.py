@@ -34,8 +34,7 @@ class GaussianMixture:
 
     Raises:
         UserError: shapes do not match, or a parameter is negative or not finite. Methods raise it at t = 1 if the
-        mixture
-            holds a Dirac, because it has no density there.
+            mixture holds a Dirac, because it has no density there.
     """
 
     def __init__(

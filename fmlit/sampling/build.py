@@ -25,8 +25,11 @@ def build_sampler(
 
     Args:
         solver: any of the names in ``fmlit.solvers.SOLVERS``.
-        steps, grid: None stands for the default of the sampler.
-        guidance, precision, guidance_interval: see ``ODESampler``.
+        steps: the number of steps. None means the default of the sampler.
+        grid: where the steps lie. None means the default of the sampler.
+        guidance: the guidance scale, as for ``ODESampler``.
+        precision: the arithmetic of the network, as for ``ODESampler``.
+        guidance_interval: the range of t in which guidance acts, as for ``ODESampler``.
         sigma: the diffusion coefficient, of SDE solvers only. A number stands for a constant.
         options: options of the solver, such as ``{"order": 3}`` for unipc; docs/solvers.md lists them.
 

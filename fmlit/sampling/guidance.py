@@ -27,7 +27,8 @@ def classifier_free(conditional: Field, unconditional: Field, scale: float, inte
     """``u_uncond + scale (u_cond - u_uncond)`` (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
 
     Args:
-        conditional, unconditional: fields (x (B, *shape), t (B,)) -> (B, *shape).
+        conditional: the field for the labels, (x (B, *shape), t (B,)) -> (B, *shape).
+        unconditional: the field without labels, of the same form.
         scale: 1 disables guidance, 0 gives the unconditional field, and above 1 samples lose diversity and gain
             fidelity to the condition. The paper's w is scale - 1.
         interval: closed range of t in which guidance acts (Kynkaanniemi et al. 2024,
@@ -116,7 +117,8 @@ def guided_velocity(
 
     Args:
         labels: int64 (B,) on the model's device, or None for the unconditional velocity.
-        scale, interval: as for ``classifier_free``.
+        scale: the guidance scale, as for ``classifier_free``.
+        interval: the range of t in which guidance acts, as for ``classifier_free``.
         guide: a weaker model of the same data on the same path. It may be unconditional.
 
     Raises:

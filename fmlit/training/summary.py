@@ -53,9 +53,12 @@ def summarize_run(
     """What other programs want to know of the run: files, progress, the last values, and what took the time.
 
     Args:
-        folder, module, start, parts: the run.
-        seconds: since the start of the program.
-        fit_seconds: of them, in training.
+        folder: the run folder.
+        module: the module at the end of training.
+        start: where training started from.
+        parts: the callbacks of the configuration.
+        seconds: the time since the start of the program.
+        fit_seconds: the part of it that training took.
     """
     acting = {key: part for key, part in parts._asdict().items() if isinstance(part, EveryImages)}
     newest = {"samples": parts.samples.newest, "checkpoint": parts.checkpoint.newest or start.checkpoint}

@@ -49,7 +49,9 @@ def test_a_link_that_cannot_be_made_ends_the_run_in_one_line_unless_it_continues
         outcome = train(tmp_path)
     checkpoints = tmp_path / "runs" / "tiny" / "checkpoints"
     assert outcome.code == 75  # another try may find room
-    assert outcome.err.startswith(f"error: cannot link {checkpoints / 'last.ckpt'} to 000000080.ckpt: No space left on device; ")
+    assert outcome.err.startswith(
+        f"error: cannot link {checkpoints / 'last.ckpt'} to 000000080.ckpt: No space left on device; "
+    )
     assert names(checkpoints, "*.ckpt") == ["000000080.ckpt"]
     assert "resumed after 5 steps" in train(tmp_path, "--resume").out
 
