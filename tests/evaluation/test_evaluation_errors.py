@@ -145,6 +145,14 @@ def test_a_folder_that_cannot_be_written(checkpoint, tmp_path):
         )
 
 
+def test_refused_pictures_leave_no_folder(options, tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((3, 8, 8, 1), np.float32))
+    assert "uint8" in refusal(
+        capsys, "--images", tmp_path / "x.npz", "--data", "Digits", *flags(options), command=score
+    )
+    assert not Path(options["out"]).exists()
+
+
 def flags(options: dict) -> list[object]:
     scoring = options["scoring"]
     return ["--out", options["out"], "--cache", scoring.cache, "--batch-size", scoring.batch_size]
