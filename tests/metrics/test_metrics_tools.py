@@ -1,7 +1,7 @@
 """The numbers of ``scripts/score.py`` against those of the established tools, on the same files.
 
 Pieces of the two photographs that ship inside scikit-learn, as PNGs; minutes on a CPU, and only where FMLIT_INCEPTION
-names the weights. The same comparison on 4,096 images is in docs/evaluation.md.
+names the weights. The same comparison on 4,096 images is in docs/scoring.md.
 """
 
 import os
