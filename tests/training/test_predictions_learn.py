@@ -2,7 +2,7 @@
 
 An error is measured against ``max(rms u_t, ubar)``, where ubar is the root mean square of the velocity over the clock:
 on the VP path the velocity nearly vanishes towards noise, so that a relative error says nothing there. Times at which
-an error of the network counts more than MAX_AMPLIFICATION times are not asked of it; docs/course_training.md lists them.
+an error of the network counts more than MAX_AMPLIFICATION times are not asked of it. docs/course_training.md has them.
 """
 
 import math
