@@ -25,8 +25,9 @@ class RunOptions:
         start_from: Start a new run from trained weights: a checkpoint (its first average), the folder of a run, or one
             that was exported. A resumed run does not read it.
         images: Run length in training images.
-        lease_expiry: Seconds after which another launch counts as lost that holds the run's folder and is silent.
-        lease_wait: Seconds to wait for another launch that works in the folder; 0: do not start.
+        lease_expiry: Seconds without a sign of life after which the launch that owns the run folder counts as lost.
+        lease_wait: Seconds to wait if another launch works in the run folder. 0 gives up as soon as it
+            is known to be alive.
         seed_everything: Seed of everything that is drawn.
     """
 

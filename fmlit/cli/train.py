@@ -41,7 +41,7 @@ from fmlit.cli import errors, recipes
 from fmlit.cli.parsing import LINKS, Parser, check_arguments, check_network, switch_on, tidy
 from fmlit.cli.run_options import MANAGED_TRAINER_OPTIONS, RunOptions
 from fmlit.core.errors import LeaseLostError, LostProcessError, UserError
-from fmlit.core.files import atomic_write, check_owner, expand
+from fmlit.core.files import atomic_write, check_owner, expand, file_errors
 from fmlit.data.data_module import DataModule
 from fmlit.storage import lease
 from fmlit.storage.checkpoints import AtomicCheckpointIO
@@ -75,7 +75,8 @@ class RunConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        with atomic_write(RunFolder(Path(trainer.default_root_dir)).config) as file:
+        path = RunFolder(Path(trainer.default_root_dir)).config
+        with file_errors(path), atomic_write(path) as file:
             file.write(self.parser.dump(self.config, skip_unset=False).encode())
         config = yaml.safe_load(self.parser.dump(self.config))
         for logger in trainer.loggers:

@@ -5,21 +5,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from fmlit.core.files import file_errors
 from fmlit.core.processes import ProcessGroup
 from fmlit.evaluation.results import Measurement, Record, Results
 
 SETTINGS = ("name", "weights", "nfe", "seconds")  # the columns of a table before the scores
-SUMMARY = (
-    "name",
-    "weights",
-    "n",
-    "draws",
-    "nfe",
-    "protocol",
-    "scores",
-    "seconds",
-    "cost",
-)  # what a summary keeps of a record
+# What a summary keeps of a record.
+SUMMARY = ("name", "weights", "n", "draws", "nfe", "protocol", "scores", "seconds", "cost")
 
 
 def report(
@@ -41,12 +33,13 @@ def report(
         return None
     records = [summarize(draws) for draws in measured]
     text = markdown(table(records))
-    (results.folder / "table.md").write_text(text)
     print(f"\n{text}")
     drawn = [record for record in records if "nfe" in record]
     picture = results.folder / "plot.png" if drawn else None
-    if picture is not None:
-        plot(drawn, picture)
+    with file_errors(results.folder):
+        (results.folder / "table.md").write_text(text)
+        if picture is not None:
+            plot(drawn, picture)
     if project is not None:
         push(records, picture, project, results.folder)
     cells = [{key: record[key] for key in SUMMARY if key in record} for record in records]

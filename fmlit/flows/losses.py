@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmlit.core.tensors import Field, check_like, expand_time
 from fmlit.flows.paths import GaussianPath
-from fmlit.flows.predictions import Prediction
+from fmlit.flows.predictions import Prediction, Velocity
 
 
 def flow_matching_loss(
@@ -38,9 +38,7 @@ def flow_matching_loss(
     Raises:
         UserError: the shapes do not match.
     """
-    u = velocity(path.sample(z, eps, t), t)
-    check_like(u, z, "the velocity and z")
-    return _weighted_mean_square(u - path.velocity(z, eps, t), weight)
+    return prediction_loss(velocity, Velocity(), path, z, eps, t, weight)
 
 
 def score_matching_loss(
@@ -74,7 +72,13 @@ def score_matching_loss(
 
 
 def prediction_loss(
-    network: Field, prediction: Prediction, path: GaussianPath, z: Tensor, eps: Tensor, t: Tensor, weight: Tensor
+    network: Field,
+    prediction: Prediction,
+    path: GaussianPath,
+    z: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Regression on the prediction itself: ``w(t) |F(x_t, t) - target|^2``. Every module trains with this loss.
 
@@ -89,7 +93,7 @@ def prediction_loss(
         z: data, (B, *shape).
         eps: noise, (B, *shape).
         t: times, (B,).
-        weight: w(t), (B,).
+        weight: w(t), (B,), or None for 1.
 
     Returns:
         The loss of each sample, (B,).

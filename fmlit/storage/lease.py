@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fmlit.core.errors import LeaseLostError, TryAgainError, UserError
-from fmlit.core.files import atomic_write, guard, unguard
+from fmlit.core.files import atomic_write, file_errors, guard, unguard
 from fmlit.core.host import boot_clock, identity, is_dead
 from fmlit.storage.run_folder import RunFolder
 
@@ -150,17 +150,19 @@ def hold(
     """Take the lease of a run folder for this process, and keep it until ``release``.
 
     Raises:
-        TryAgainError: another launch is alive and works in the folder.
+        TryAgainError: another launch is alive and works in the folder, or the disk is full or failing.
+        FileError: the folder cannot be written.
     """
     path = folder.path.resolve()
     if path in _held:
         _held.pop(path).release()
-    number, dead = _wait_for_turn(path, terms, clock, sleep)
-    if not dead:
-        _fence(folder, number)
-    _clean_up(folder)
-    lease = _held[path] = Lease(path, number, terms)
-    lease.start()
+    with file_errors(path):
+        number, dead = _wait_for_turn(path, terms, clock, sleep)
+        if not dead:
+            _fence(folder, number)
+        _clean_up(folder)
+        lease = _held[path] = Lease(path, number, terms)
+        lease.start()
     return lease
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fmlit.core.errors import UserError, writing_error
-from fmlit.core.files import atomic_write
+from fmlit.core.files import atomic_write, file_errors
 
 LAST = "last.ckpt"
 
@@ -110,7 +110,7 @@ class RunFolder(os.PathLike[str]):
             raise UserError(f"{self.record_file} is damaged ({error}); delete it, or the whole run") from error
 
     def write_record(self, record: dict[str, Any]) -> None:
-        with atomic_write(self.record_file) as file:
+        with file_errors(self.record_file), atomic_write(self.record_file) as file:
             file.write(json.dumps(record, indent=1).encode())
 
     def add_launch(self, launch: str) -> None:

@@ -1,5 +1,7 @@
 """What ``evaluate``, ``score`` and ``reference`` refuse: one line that names the mistake, and no number."""
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from fmlit.cli.options import Names, Numbers, run
 from fmlit.cli.reference import reference
 from fmlit.cli.score import score
 from fmlit.cli.scoring_options import ScoringOptions
+from fmlit.core.errors import StorageError
 from fmlit.data.image_files import read_images, save_npz, save_pngs
 from tests.helpers.known_model import known_model, save_run
 
@@ -199,3 +202,13 @@ def test_too_few_pictures(n, options, tmp_path, capsys):
         save_npz(file, torch.zeros(n, 1, 8, 8, dtype=torch.uint8))
     line = refusal(capsys, "--images", tmp_path / "x.npz", "--data", "Digits", *flags(options), command=score)
     assert f"at least 2 generated images, got {n}" in line
+
+
+def test_a_report_without_room_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoint = save_run(tmp_path / "run", known_model())
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(StorageError, match="No space left on device"):
+        evaluate(str(checkpoint), n=4, sweep=Sweep(steps=[2]))

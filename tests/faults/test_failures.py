@@ -57,6 +57,20 @@ def test_a_full_disk_ends_the_run_with_one_line_and_leaves_what_was_there(tmp_pa
         assert not list(tmp_path.rglob("*.partial"))
 
 
+def _disk_full_after_1_kb(rank: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
+
+
+def test_a_disk_without_room_for_the_configuration_ends_the_run_with_one_line(tmp_path):
+    (outcome,) = Job(tmp_path, fault=_disk_full_after_1_kb).outcomes()
+    assert outcome.code == 75
+    assert "Traceback" not in outcome.err
+    assert outcome.err.splitlines()[-1].startswith(
+        f"error: cannot write {tmp_path}/runs/job/config.yaml: File too large"
+    )
+
+
 def test_a_run_may_go_on_without_a_checkpoint_but_not_end_without_one(tmp_path):
     options = ("--images=240", "--checkpoint.on_error=continue")
     Job(tmp_path, "--images=60").finish()

@@ -1,6 +1,7 @@
 """The lease of a run folder, with clocks that the test moves, and with real processes that race for it."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import threading
 
 import pytest
 
-from fmlit.core.errors import LeaseLostError, TryAgainError, UserError
+from fmlit.core.errors import FileError, LeaseLostError, StorageError, TryAgainError, UserError
 from fmlit.core.files import atomic_write, check_owner, remove
 from fmlit.storage import lease
 from fmlit.storage.lease import Lease, Terms, hold
@@ -272,3 +273,14 @@ def test_what_a_kill_left_half_written_is_removed_at_the_next_start(folder):
     hold(folder)
     assert not any(path.exists() for path in left)
     assert drawing.exists()
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, StorageError), (errno.EACCES, FileError)])
+def test_a_lease_that_cannot_be_written_is_no_bug(tmp_path, monkeypatch, code, kind):
+    def fail(folder, number):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(lease, "_create", fail)
+    with pytest.raises(FileError, match=os.strerror(code)) as raised:
+        hold(RunFolder(tmp_path))
+    assert type(raised.value) is kind
