@@ -151,7 +151,7 @@ class ImageFolder(DataModule):
         ids = {name: label for label, name in enumerate(self.class_names)}
         folders = [name.partition("/")[0] for name in names]
         if unknown := sorted(set(folders) - ids.keys()):
-            raise UserError(f"{Path(root, unknown[0])} is of none of the classes {', '.join(ids)} of {self.root}")
+            raise UserError(f"{Path(root, unknown[0])} belongs to none of the classes {', '.join(ids)} of {self.root}")
         return [ids[folder] for folder in folders]
 
 
