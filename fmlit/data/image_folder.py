@@ -11,11 +11,12 @@ from typing import cast
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fmlit.core.errors import FileError, UserError
 from fmlit.core.files import expand
 from fmlit.core.progress import progress
+from fmlit.core.workers import WatchedLoader
 from fmlit.data.data_module import DataModule, Split
 from fmlit.data.decoding import MAX_MEGAPIXELS, find_pictures, list_files, read_picture
 from fmlit.data.stores import LabeledDataset
@@ -184,7 +185,7 @@ class _Problems(Dataset[str]):
 
 def check_pictures(pictures: PictureFolder, num_workers: int = 0) -> None:
     """Read every picture. A UserError if some are broken, after a line in the log for each of them."""
-    loader = DataLoader(_Problems(pictures), batch_size=64, num_workers=num_workers, collate_fn=list)
+    loader = WatchedLoader(_Problems(pictures), batch_size=64, num_workers=num_workers, collate_fn=list)
     batches = progress(loader, len(loader), "checking pictures")
     if problems := [problem for batch in batches for problem in batch if problem]:
         for problem in problems:
