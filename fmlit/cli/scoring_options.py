@@ -66,6 +66,7 @@ class ScoringOptions:
                         f"only images can be evaluated, and {type(data).__name__} holds vectors of shape {data.shape}"
                     )
                 ranks.from_first(data.prepare_data)
+                data.setup("validate")
             features = choose_features(self.features, data.shape if data else (), against)
             where = self.splits, self.flip, self.cache, self.batch_size, device, against
             yield Scorer(data, metrics, features, *where)

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from fmlit.core.errors import FileError, UserError
 from fmlit.core.files import expand
+from fmlit.core.processes import ProcessGroup
 from fmlit.core.progress import progress
 from fmlit.core.workers import WatchedLoader
 from fmlit.data.data_module import DataModule, Split
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 MOST_CLASSES = 5  # in the headline of a run
+MOST_SKIPPED = 3  # names in the warning
 
 
 class PictureFolder(LabeledDataset):
@@ -86,7 +88,8 @@ class ImageFolder(DataModule):
         classes: Take folders as classes. With false, all pictures are of one kind.
         test_root: Folder of held-out pictures, with the same classes.
         num_workers: Processes that read pictures, for each rank.
-        check: Read all pictures before training, and name all that are broken. It takes as long as an epoch of reading.
+        check: With true, read all pictures before training, and stop if some are broken, naming all of them. With skip,
+            leave them out, and say how many. Either takes as long as an epoch of reading.
         max_megapixels: Refuse pictures with more pixels than this, in millions.
     """
 
@@ -100,7 +103,7 @@ class ImageFolder(DataModule):
         classes: bool = True,
         test_root: str | None = None,
         num_workers: int = 4,
-        check: bool = False,
+        check: bool | Literal["skip"] = False,
         max_megapixels: float = MAX_MEGAPIXELS,
     ) -> None:
         super().__init__(batch_size, seed)
@@ -112,6 +115,7 @@ class ImageFolder(DataModule):
         self.size, self.shape = size, (3, size, size)
         self.horizontal_flip, self.num_workers = horizontal_flip, num_workers
         self.check, self.max_megapixels = check, max_megapixels
+        self._skipped: dict[Split, list[str]] = {}  # names of pictures that cannot be read
         folder = expand(root, "data.root")
         self._names, others = list_files(folder)
         self.class_names = _class_names(folder, self._names) if classes else None
@@ -134,9 +138,25 @@ class ImageFolder(DataModule):
 
     def prepare_data(self) -> None:
         """Read all pictures, if asked to. Lightning calls this in one process per node."""
-        if self.check:
-            for split in ("train", "test") if self.test_root else ("train",):
-                check_pictures(cast(PictureFolder, self.dataset(split)), self.num_workers)
+        if not self.check:
+            return
+        for split in ("train", "test") if self.test_root else ("train",):
+            pictures = self.dataset(split)
+            if self.check != "skip" and (problems := find_problems(pictures, self.num_workers)):
+                for problem in problems.values():
+                    log.warning("%s", problem)
+                found = f"{len(problems):,} of {len(pictures):,} pictures in {pictures.root}"
+                raise UserError(f"{found} cannot be read: see above; data.check: skip leaves them out")
+
+    def setup(self, stage: str) -> None:
+        """Leave out the pictures that the first process could not read. Lightning calls this in all processes."""
+        skipped = ProcessGroup.current().from_first(lambda: self._skipped)
+        if skipped != self._skipped:
+            self._skipped = skipped
+            self._datasets.clear()
+
+    def dataset(self, split: Split) -> PictureFolder:
+        return cast(PictureFolder, super().dataset(split))
 
     def load(self, split: Split) -> PictureFolder:
         root = self.root if split == "train" else self.test_root
@@ -144,7 +164,24 @@ class ImageFolder(DataModule):
             raise UserError("ImageFolder has no test pictures: name their folder with test_root")
         folder = expand(root, f"data.{'root' if split == 'train' else 'test_root'}")
         names = self._names if split == "train" else find_pictures(folder)
-        return PictureFolder(folder, names, self._labels(folder, names), self.size, self.max_megapixels)
+        pictures = PictureFolder(folder, names, self._labels(folder, names), self.size, self.max_megapixels)
+        return self._readable(split, pictures) if self.check == "skip" else pictures
+
+    def _readable(self, split: Split, pictures: PictureFolder) -> PictureFolder:
+        """Those that can be read. They are looked for once, unless another process has told this one."""
+        if split not in self._skipped:
+            self._skipped[split] = list(find_problems(pictures, self.num_workers))
+            if skipped := self._skipped[split]:
+                shown = ", ".join(skipped[:MOST_SKIPPED]) + (", ..." if len(skipped) > MOST_SKIPPED else "")
+                found = f"{len(skipped):,} of {len(pictures):,} pictures, which cannot be read"
+                log.warning("%s: left out %s: %s", pictures.root, found, shown)
+        names = sorted(set(pictures.names) - set(self._skipped[split]))
+        labels = self._labels(Path(pictures.root), names)
+        lost = sorted(set(pictures.labels.tolist()) - set(labels))
+        if lost:
+            of = f" of class {self.class_names[lost[0]]}" if self.class_names else ""
+            raise UserError(f"{pictures.root}: none of the pictures{of} can be read")
+        return PictureFolder(pictures.root, names, labels, pictures.size, pictures.max_megapixels)
 
     def _labels(self, root: Path, names: Sequence[str]) -> list[int]:
         if self.class_names is None:
@@ -183,11 +220,9 @@ class _Problems(Dataset[str]):
         return ""
 
 
-def check_pictures(pictures: PictureFolder, num_workers: int = 0) -> None:
-    """Read every picture. A UserError if some are broken, after a line in the log for each of them."""
+def find_problems(pictures: PictureFolder, num_workers: int = 0) -> dict[str, str]:
+    """Read every picture. Returns what is wrong with those that cannot be read, by name."""
     loader = WatchedLoader(_Problems(pictures), batch_size=64, num_workers=num_workers, collate_fn=list)
     batches = progress(loader, len(loader), "checking pictures")
-    if problems := [problem for batch in batches for problem in batch if problem]:
-        for problem in problems:
-            log.warning("%s", problem)
-        raise UserError(f"{len(problems):,} of {len(pictures):,} pictures in {pictures.root} cannot be read: see above")
+    problems = [problem for batch in batches for problem in batch]
+    return {name: problem for name, problem in zip(pictures.names, problems, strict=True) if problem}

@@ -203,8 +203,8 @@ class LikelihoodMeasurement(Measurement):
 
     The mean over images of ``-log2 p(z) / dimensions``, with its standard error: by dopri5 at 1e-5, Hutchinson's
     estimate of the divergence and one draw of uniform dequantization per image. A conditional model is asked for
-    p(z | label). Where the model's clock ends before t = 1, z enters as ``alpha z``, whose density is that of z divided
-    by ``alpha^dimensions``.
+    p(z | label). The prior is the noise that a sampler of this model starts from. Where the model's clock ends before
+    t = 1, z enters as ``alpha z``, whose density is that of z divided by ``alpha^dimensions``.
     """
 
     def __init__(self, scored: ScoredModel) -> None:
@@ -240,7 +240,7 @@ class LikelihoodMeasurement(Measurement):
             field = guided_velocity(model, None if model.num_classes is None else labels.to(model.device), 1.0)
             alpha = model.path.alpha(torch.full((len(z),), limits.end, device=z.device))
             z = expand_time(alpha, z) * z
-            log_prob = likelihood.log_likelihood(field, z, times, "hutchinson", solvers.dopri5, generator)
+            log_prob = likelihood.log_likelihood(field, z, times, "hutchinson", solvers.dopri5, generator, model.path)
             log_prob = log_prob + math.prod(model.shape) * alpha.log()
             yield likelihood.bits_per_dimension(log_prob, model.shape).double().cpu()
 

@@ -6,6 +6,8 @@ determinant is cheap. In a continuous flow each instant is the layer x + u dt; i
 any field u, and the sum becomes an integral along the path that ends in z (Chen et al. 2018)::
 
     log p_1(z) = log N(x_0; 0, I) - integral_0^1 div u_t(x_t) dt
+
+A flow that starts at t0 > 0 starts from noise of scale beta(t0), as samplers do, and its prior is N(0, beta(t0)^2 I).
 """
 
 import math
@@ -18,6 +20,7 @@ from torch import Tensor
 from fmlit import solvers
 from fmlit.core.errors import UserError
 from fmlit.core.tensors import Field, from_uint8
+from fmlit.flows.paths import GaussianPath
 
 LEVEL = 1 / 127.5  # distance between two gray levels of images in [-1, 1]
 
@@ -29,8 +32,9 @@ def log_likelihood(
     divergence: Literal["exact", "hutchinson"] = "exact",
     solver: Callable[[Field, Tensor, Tensor], Tensor] = solvers.rk4,
     generator: torch.Generator | None = None,
+    path: GaussianPath | None = None,
 ) -> Tensor:
-    """log p(z) in nats, (B,), of the flow that carries standard normal noise at times[0] to z at times[-1].
+    """log p(z) in nats, (B,), of the flow that carries Gaussian noise at times[0] to z at times[-1].
 
     Args:
         field: velocity (x (B, *shape), t (B,)) -> (B, *shape), differentiable in x, each row a function of its own x.
@@ -41,6 +45,7 @@ def log_likelihood(
             stays smooth (Grathwohl et al. 2019): one backward pass.
         solver: a function of ``fmlit.solvers`` that takes (field, x0, times).
         generator: source of the probe, on its own device.
+        path: the noise has the scale ``path.beta(times[0])``, as that of a sampler of this path. None: standard normal.
 
     The result carries no gradient. Raises UserError for times that do not increase and for an unknown divergence.
     """
@@ -60,7 +65,8 @@ def log_likelihood(
     start = torch.cat([z.flatten(1), z.new_zeros(len(z), 1)], dim=1)
     end = solver(reverse, start, last - times.flip(0))
     x0, log_volume = end[:, :-1], end[:, -1]
-    return -(x0.square().sum(1) + x0.shape[1] * math.log(2 * math.pi)) / 2 + log_volume
+    std = 1.0 if path is None else path.beta(times[:1].double()).item()
+    return -(x0.square().sum(1) / std**2 + x0.shape[1] * math.log(2 * math.pi * std**2)) / 2 + log_volume
 
 
 def velocity_and_divergence(field: Field, x: Tensor, t: Tensor, probe: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -104,6 +104,30 @@ def test_two_processes_share_a_run_its_resume_and_its_errors(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_one_process_and_two_leave_out_the_same_broken_pictures(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(12):
+        Image.effect_noise((16, 16), 20 + 5 * number).save(pictures / f"{number}.png")
+    data = (f"--data.root={pictures}", "--data.size=8", "--data.num_workers=0", "--data.batch_size=4")
+    data = ("--data=ImageFolder", *data, "--images=40", "--trainer.log_every_n_steps=1", "--data.check=skip")
+    broken = [pictures / "3.png", pictures / "5.png"]
+    contents = [path.read_bytes()[:100] for path in broken]
+    for path in broken:
+        path.unlink()
+    assert train(tmp_path, "--name=whole", *data).code == 0
+    for path, content in zip(broken, contents, strict=True):
+        path.write_bytes(content)
+    assert train(tmp_path, "--name=one", *data).code == 0
+    two = launch(tmp_path, "--name=two", *data)
+    assert two.code == 0, two
+    assert two.err == f"{pictures}: left out 2 of 12 pictures, which cannot be read: 3.png, 5.png\n"
+    losses = [[float(row["loss"]) for row in metrics_of(tmp_path / "runs" / name)] for name in ("whole", "one", "two")]
+    assert losses[1] == losses[0]
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_mistake_that_only_one_process_meets_is_heard_and_ends_both(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for number in range(12):

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from fmlit.core.errors import FileError
 import fmlit
 from fmlit import ImageFolder
+from fmlit.core.errors import FileError
+from fmlit.core.processes import ProcessGroup
 from fmlit.data.decoding import find_pictures, read_picture
 
 
@@ -117,6 +118,53 @@ def test_all_broken_pictures_are_named_before_training(two_classes, num_workers,
     assert [text.split(" (")[0] for text in named] == [
         f"cannot read the picture {two_classes}/dogs/{name}.png" for name in ("one", "two")
     ]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_pictures_are_left_out_if_asked_to(two_classes, num_workers, caplog):
+    whole = ImageFolder(str(two_classes), size=4).dataset("train")
+    for name in ("one", "two", "three", "four"):
+        (two_classes / "dogs" / f"{name}.png").write_bytes(b"no picture")
+    data = ImageFolder(str(two_classes), size=4, check="skip", num_workers=num_workers)
+    data.prepare_data()
+    data.setup("fit")
+    dataset = data.dataset("train")
+    assert (dataset.names, dataset.labels.tolist()) == (whole.names, whole.labels.tolist())
+    assert data.identity() == {"items": 3, "fingerprint": whole.fingerprint()}
+    warning = f"{two_classes}: left out 4 of 7 pictures, which cannot be read: dogs/four.png, dogs/one.png, "
+    assert caplog.messages == [f"{warning}dogs/three.png, ..."]
+
+
+def test_a_class_without_a_picture_that_can_be_read_is_not_left_out(two_classes):
+    (two_classes / "cats/z.webp").write_bytes(b"no picture")
+    with pytest.raises(fmlit.UserError, match="none of the pictures of class cats can be read"):
+        ImageFolder(str(two_classes), size=4, check="skip", num_workers=0).prepare_data()
+
+
+def test_all_processes_leave_out_what_the_first_could_not_read(two_classes, monkeypatch):
+    first, other, late = (ImageFolder(str(two_classes), size=4, check="skip", num_workers=0) for _ in range(3))
+    broken = two_classes / "dogs/b.JPG"
+    content = broken.read_bytes()
+    broken.write_bytes(b"no picture")
+    first.prepare_data()
+    broken.write_bytes(content)  # another node can read it
+    other.prepare_data()
+    assert len(other.dataset("train")) == 3
+
+    def told(self, produce):
+        return first._skipped
+
+    monkeypatch.setattr(ProcessGroup, "from_first", told)
+    for data in (other, late):
+        data.setup("fit")
+        assert data.dataset("train").names == ["cats/z.webp", "dogs/deep/er/a.png"]
+
+
+def test_held_out_pictures_that_are_broken_are_left_out_as_well(two_classes, tmp_path):
+    save(tmp_path / "test/dogs/1.png")
+    (tmp_path / "test/dogs/2.png").write_bytes(b"no picture")
+    data = ImageFolder(str(two_classes), 4, test_root=str(tmp_path / "test"), check="skip", num_workers=0)
+    assert data.dataset("test").names == ["dogs/1.png"]
 
 
 def test_pictures_without_classes(two_classes, tmp_path):

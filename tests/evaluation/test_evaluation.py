@@ -23,6 +23,7 @@ from fmlit.evaluation import measurements, reports
 from fmlit.evaluation.scoring import Scorer, choose_features
 from fmlit.flows.diffusions import ReverseDiffusion
 from fmlit.flows.paths import CondOTPath, VPPath
+from fmlit.flows.predictions import Noise, Velocity
 from fmlit.metrics import GaussianStatistics, PixelFeatures, frechet_distance
 from fmlit.sampling.generate import generate
 from fmlit.sampling.grids import UniformGrid
@@ -121,6 +122,24 @@ def test_bits_per_dimension_of_a_gaussian(path):
     assert told["scores"]["bpd_6"] == pytest.approx(bits.mean().item(), abs=2e-3)
     assert told["scores"]["bpd_error"] == pytest.approx(bits.std().item() / 6**0.5, abs=2e-3)
     assert told["protocol"] == "bpd6-test-dequantised-hutchinson-conditional-ema-dopri5"
+
+
+@pytest.mark.parametrize("prediction", [Noise(), Velocity()], ids=repr)
+def test_the_likelihood_begins_with_the_noise_of_the_sampler(prediction, monkeypatch):
+    model, asked = known_model(), []
+    model.prediction = prediction  # its clock begins at sigma 80, or at 0
+
+    def recorded(field, z, times, *rest):
+        asked.append((times, rest[-1]))
+        return log_likelihood(field, z, times, *rest)
+
+    log_likelihood = likelihood.log_likelihood
+    monkeypatch.setattr(likelihood, "log_likelihood", recorded)
+    scorer = Scorer(Digits(), ["bpd"], PixelFeatures(), batch_size=2)
+    measurements.LikelihoodMeasurement(measurements.ScoredModel(model, "ema", scorer, 2, seed=0)).measure()
+    ((times, path),) = asked
+    assert path is model.path
+    assert times[0] == ODESampler(grid=UniformGrid()).times(model)[0]
 
 
 def test_bits_per_dimension_from_the_script(checkpoint, options):

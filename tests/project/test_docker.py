@@ -13,6 +13,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import fmlit
 from fmlit.cli import train
 from fmlit.cli.options import options_of
 
@@ -99,11 +100,31 @@ def test_only_what_is_listed_enters_the_image() -> None:
     first, *rest = PATTERNS
     assert first == "*"
     listed = {pattern[1:] for pattern in rest if pattern.startswith("!")}
-    folders = {"fmlit", "scripts", "configs", "benchmarks", "docker", "docs", "tests"}
-    assert listed == folders | {"pyproject.toml", "README.md", "LICENSE", ".dockerignore"}
+    folders = {"fmlit", "scripts", "configs", "benchmarks", "docker", "docs"}
+    assert listed == folders | {"pyproject.toml", "README.md", "LICENSE"}
     assert all((ROOT / name).is_dir() == (name in folders) for name in listed)
     assert [pattern for pattern in rest if not pattern.startswith("!")] == ["**/__pycache__", "**/.*"]
-    assert rest[-1] == "!.dockerignore"  # after the pattern that would leave it out
+
+
+def test_what_enters_the_image_needs_no_tests() -> None:
+    sources = [path for name in ("fmlit", "scripts", "benchmarks", "docs") for path in (ROOT / name).rglob("*.py")]
+    assert len(sources) > 100
+    assert not [path for path in sources if re.search(r"^\s*(from|import) tests\b", path.read_text(), re.MULTILINE)]
+
+
+def test_the_image_says_what_it_is() -> None:
+    (labels,) = [rest for name, rest in INSTRUCTIONS if name == "LABEL"]
+    project = PYPROJECT["project"]
+    assert dict(word.removeprefix("org.opencontainers.image.").split("=", 1) for word in shlex.split(labels)) == {
+        "title": project["name"],
+        "description": project["description"],
+        "licenses": project["license"],
+        "version": fmlit.__version__,
+        "source": "${SOURCE}",
+    }
+    names = [instruction for instruction in INSTRUCTIONS if instruction[0] in ("FROM", "ARG", "LABEL")]
+    assert names[-3:-1] == [("FROM", "${BASE_IMAGE} AS train"), ("ARG", "SOURCE")]  # an argument is of its stage alone
+    assert '--build-arg SOURCE="' in README
 
 
 def locked() -> list[tuple[Requirement, list[str]]]:
@@ -132,8 +153,10 @@ def test_every_file_of_the_lock_is_known_by_its_hash() -> None:
     assert not re.search(r"index-url|find-links|://|^-", LOCK, re.MULTILINE)
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12"])
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+TARGETS = [(python, machine) for python in ("3.11", "3.12") for machine in ("x86_64", "aarch64")]
+
+
+@pytest.mark.parametrize(("python", "machine"), TARGETS)
 def test_the_lock_holds_every_dependency_at_a_version_in_its_range(python: str, machine: str) -> None:
     versions = chosen(python, machine)
     for requirement in map(Requirement, [*PYPROJECT["project"]["dependencies"], *TOOLS]):
@@ -141,6 +164,16 @@ def test_the_lock_holds_every_dependency_at_a_version_in_its_range(python: str, 
         assert requirement.specifier.contains(versions[name], prereleases=True), requirement
     assert versions.keys() >= {"nvidia-cudnn-cu13", "nvidia-nccl-cu13", "triton"}  # torch is the one for GPUs
     assert versions["lightning"] == versions["pytorch-lightning"]
+
+
+def test_the_oldest_driver_of_the_locked_cuda_is_stated() -> None:
+    """From NVIDIA's table of minor version compatibility."""
+    oldest = {"12": "525", "13": "580"}
+    cuda = {chosen(python, machine)["cuda-toolkit"].partition(".")[0] for python, machine in TARGETS}
+    assert len(cuda) == 1
+    (major,) = cuda
+    assert f"NVIDIA's driver {oldest[major]} or newer" in README
+    assert f"CUDA {major} from torch's own wheels" in README
 
 
 def test_the_tools_in_the_lock_are_those_of_pyproject() -> None:
@@ -246,4 +279,4 @@ def test_files_that_are_named_exist() -> None:
     named = {word for words in written_commands() for word in words if re.match(r"docker/|configs/", word)}
     assert len(named) >= 5
     assert not [name for name in named if not (ROOT / name).is_file()]
-    assert all((DOCKER / link).exists() for link in re.findall(r"\]\(([^)#\s]+)\)", README))
+    assert all((DOCKER / link).exists() for link in re.findall(r"\]\(([^):#\s]+)\)", README))
