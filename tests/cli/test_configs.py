@@ -34,9 +34,11 @@ def names(value: Any) -> list[str]:
 
 # How each recipe samples its pictures and, where that differs, its scores.
 SAMPLERS = {
+    "cifar10_cpu": ("ipndm10+uniform",),
     "cifar10_flow": ("midpoint18+uniform",),
     "cifar10_score": ("eulermaruyama250+reverse", "midpoint18"),
     "cifar10_speedrun": ("ipndm10+uniform+bfloat16",),
+    "mnist_cpu": ("midpoint10+uniform",),
     "mnist_flow": ("midpoint10+uniform",),
     "mnist_score": ("eulermaruyama250+reverse", "midpoint18"),
     "quickstart": ("midpoint5+uniform",),
@@ -51,7 +53,8 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 def test_the_promised_recipes_are_there() -> None:
-    expected = {"quickstart", "mnist_flow", "mnist_score", "cifar10_flow", "cifar10_score", "cifar10_speedrun"}
+    expected = {"quickstart", "mnist_cpu", "mnist_flow", "mnist_score"}
+    expected |= {"cifar10_cpu", "cifar10_flow", "cifar10_score", "cifar10_speedrun"}
     assert expected <= {path.stem for path in RECIPES}
 
 

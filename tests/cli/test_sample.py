@@ -145,7 +145,7 @@ def test_vectors(tmp_path, capsys):
     common = ("--checkpoint", folder, "--out", tmp_path / "x.png")
     assert "must end in .npz: this model makes vectors" in refusal(capsys, *common, "--save-images", tmp_path / "d")
     assert "makes vectors of shape (1,)" in refusal(capsys, *common, "--trajectory", tmp_path / "t.gif")
-    assert "knows no classes" in refusal(capsys, *common, "--labels", "0")
+    assert "has no classes" in refusal(capsys, *common, "--labels", "0")
     assert not (tmp_path / "x.png").exists()
 
 
