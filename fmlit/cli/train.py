@@ -38,6 +38,7 @@ from lightning.pytorch.plugins import Precision
 
 import fmlit
 from fmlit.cli import errors, recipes
+from fmlit.cli.loggers import build_loggers
 from fmlit.cli.parsing import LINKS, Parser, check_arguments, check_network, switch_on, tidy
 from fmlit.cli.run_options import MANAGED_TRAINER_OPTIONS, RunOptions
 from fmlit.core.errors import LeaseLostError, LostProcessError, UserError
@@ -89,6 +90,7 @@ class TrainingCLI(LightningCLI):
     run_folder: RunFolder
     start = Start()
     _fresh = True
+    _loggers: Any = None  # their configuration
     fit_seconds = math.inf
 
     def __init__(self, args: Sequence[str], program: str = "train.py") -> None:
@@ -137,6 +139,7 @@ class TrainingCLI(LightningCLI):
             raise UserError(f"images: a run has at least 1 training image, got {self.config['images']}")
         trainer_settings.check_trainer(self.config["trainer"])
         check_network(self.config)
+        self._loggers, self.config["trainer"]["logger"] = self.config["trainer"]["logger"], None
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -145,6 +148,7 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.model.name_classes(self.datamodule)  # before a resume compares them
+        self.config["trainer"]["logger"] = self._loggers  # which need the run folder
         resume, self.config["resume"] = self.config["resume"], False  # config.yaml starts a run of its own
         self.config["name"] = self.config["name"] or self._stem
         root, name = expand(self.config["runs"], "runs"), self.config["name"]
@@ -192,7 +196,8 @@ class TrainingCLI(LightningCLI):
         if steps == -1:
             left = max(0, self.config["images"] - self.start.images)
             steps = self.start.step + math.ceil(left / self.datamodule.batch_size)
-        loggers, callbacks, plugins = (_listed(given[key]) for key in ("logger", "callbacks", "plugins"))
+        callbacks, plugins = (_listed(given[key]) for key in ("callbacks", "plugins"))
+        loggers = build_loggers(self._loggers, self.run_folder)
         trainer_settings.check_callbacks(callbacks)
         for logger in loggers:
             if hasattr(logger, "attach"):
@@ -256,8 +261,8 @@ class TrainingCLI(LightningCLI):
 
 
 def _listed(value: Any) -> list[Any]:
-    """One value or several as a list; empty for None, and for the True or False that stand for default loggers."""
-    return [item for item in (value if isinstance(value, list) else [value]) if not isinstance(item, bool | None)]
+    """One value or several as a list; empty for None."""
+    return [item for item in (value if isinstance(value, list) else [value]) if item is not None]
 
 
 def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, program: str = "train.py") -> None:
