@@ -26,7 +26,7 @@ def build_loggers(config: Any, folder: RunFolder) -> list[Any]:
     Raises:
         UserError: of a constructor, headed by the key.
     """
-    configured = [item for item in (config if isinstance(config, list) else [config]) if isinstance(item, Namespace)]
+    configured = [item for item in listed(config) if isinstance(item, Namespace)]
     if not configured:
         return []
     placed = [_placed(item, folder.path) for item in configured]
@@ -43,3 +43,8 @@ def _placed(item: Namespace, folder: Path) -> Namespace:
         default = inspect.signature(cls).parameters["save_dir"].default
         init_args["save_dir"] = str(folder / default) if isinstance(default, str) else str(folder)
     return item
+
+
+def listed(value: Any) -> list[Any]:
+    """One value or several as a list; empty for None."""
+    return [item for item in (value if isinstance(value, list) else [value]) if item is not None]
