@@ -164,7 +164,7 @@ class WandbLogger(RelocatableWandbLogger):
         name = project or os.environ.get("WANDB_PROJECT") or "fmlit"
         super().__init__(project=name, offline=offline, entity=entity, group=group, tags=tags)
         self.project, self.entity, self.group, self.tags, self.offline = project, entity, group, tags, offline
-        self._failed = False
+        self.failed = False  # then nothing is recorded any more
         self._images_seen = 0
 
     @property
@@ -180,7 +180,7 @@ class WandbLogger(RelocatableWandbLogger):
                 run.define_metric("*", step_metric="images_seen")
             except Exception as error:  # whatever it is, training goes on
                 log.warning("W&B: not recording this run (%s)", first_line(error))
-                self.started_run, self._failed = DummyLogger().experiment, True
+                self.started_run, self.failed = DummyLogger().experiment, True
         return self.started_run
 
     def _start(self, folder: Path, run_id: str) -> Any:
@@ -250,11 +250,11 @@ class WandbLogger(RelocatableWandbLogger):
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Do it, unless W&B has failed before."""
-        if not self._failed:
+        if not self.failed:
             try:
                 action()
             except Exception as error:  # W&B's service can die at any time, and training must not die with it
-                self._failed = True
+                self.failed = True
                 log.warning("W&B: no longer recording this run (%s); metrics.csv goes on", first_line(error))
                 with contextlib.suppress(Exception, SystemExit):
                     sys.modules["wandb"].teardown()
