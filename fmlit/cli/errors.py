@@ -11,7 +11,8 @@ from typing import NoReturn
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from fmlit.core.errors import ENDINGS, INTERRUPTED, original_message
+from fmlit.core.errors import ENDINGS, INTERRUPTED, TryAgainError, original_message
+from fmlit.core.workers import lost_worker
 
 RANK_0_FIRST_S = 5.0
 
@@ -42,7 +43,9 @@ def one_line_errors(memory: str = "try a smaller --batch_size") -> Iterator[None
             print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
-        shortage = _memory_shortage(error)
+        shortage, lost = _memory_shortage(error), lost_worker(error)
+        if lost:
+            error = TryAgainError(lost)
         if debugging() or not (shortage or isinstance(error, tuple(ENDINGS))):
             raise
         message = f"{shortage}: {memory}" if shortage else original_message(str(error), type(error))

@@ -242,7 +242,9 @@ def _read_yaml(path: Path) -> Any:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"config: cannot read {path} ({getattr(error, 'strerror', 'it is no text')})") from error
+        raise FileError(
+            f"config: cannot read {path} ({getattr(error, 'strerror', 'it is not a text file')})"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -84,7 +84,9 @@ class OutputFiles:
         if new_file(self.trajectory, ".png", ".gif") == picture:
             raise UserError(f"out and trajectory are the same file {picture}: give them different names")
         if len(shape) != 3:
-            raise UserError(f"trajectories are drawn of images, and this model makes vectors of shape {tuple(shape)}")
+            raise UserError(
+                f"trajectories can only be drawn for images, and this model makes vectors of shape {tuple(shape)}"
+            )
 
     def written(self) -> dict[str, str]:
         """The files by what they hold."""
@@ -161,7 +163,7 @@ def choose_classes(model: GenerativeModel, labels: Sequence[str] | None) -> Tens
     """
     if model.num_classes is None:
         if labels:
-            raise UserError(f"labels {','.join(labels)} were given, and this model knows no classes: leave them out")
+            raise UserError(f"labels {','.join(labels)} were given, and this model has no classes: leave them out")
         return None
     if labels is None:
         return torch.arange(model.num_classes)

@@ -41,7 +41,7 @@ def score(
         The summary; None on every rank but the first.
     """
     if of_models := [metric for metric in metrics if metric in MODEL_METRICS]:
-        raise UserError(f"metric {of_models[0]} asks a model, and pictures come without one: evaluate measures it")
+        raise UserError(f"metric {of_models[0]} needs a model, and pictures come without one: use evaluate")
     check_metrics(metrics)
     with scoring.scorer(metrics, checkpoint, reference) as scorer:
         measurement = ImageMeasurement(scorer, str(expand(images, "images")))

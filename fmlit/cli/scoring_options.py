@@ -48,7 +48,7 @@ class ScoringOptions:
             reference: a file to compare with in place of the splits. Then nothing needs to name the data.
 
         Raises:
-            UserError: the data are not named, cannot be built, or are not images; or the file is no reference.
+            UserError: the data are not named, cannot be built, or are not images; or the file is not a reference.
         """
         if reference is not None and (self.flip or self.splits != ScoringOptions.splits):
             raise UserError("--splits and --flip have no effect with --reference: leave them out")
@@ -63,7 +63,7 @@ class ScoringOptions:
             if data is not None:
                 if len(data.shape) != 3:
                     raise UserError(
-                        f"evaluation is of images, and {type(data).__name__} holds vectors of shape {data.shape}"
+                        f"only images can be evaluated, and {type(data).__name__} holds vectors of shape {data.shape}"
                     )
                 ranks.from_first(data.prepare_data)
                 data.setup("validate")

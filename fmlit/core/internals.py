@@ -80,3 +80,8 @@ def replaces_sampler(trainer: Any) -> bool:
     Delete once the trainer keeps ``use_distributed_sampler`` as a public attribute.
     """
     return trainer._accelerator_connector.use_distributed_sampler
+
+
+def worker_processes(batches: Any) -> list[Any]:
+    """The worker processes behind an iterator of a ``DataLoader``. torch 2.15 has no public name for them."""
+    return list(batches._workers)

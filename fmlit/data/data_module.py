@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, default_convert
 from fmlit.core.errors import UserError
 from fmlit.core.internals import replaces_sampler
 from fmlit.core.tensors import from_uint8
+from fmlit.core.workers import WatchedLoader
 from fmlit.data.order import GlobalBatchSampler, RankSlice, TrainingOrder
 from fmlit.data.resident import ResidentDataset, resident
 from fmlit.data.stores import LabeledDataset, TrainingView
@@ -90,7 +91,7 @@ class DataModule(LightningDataModule, ABC):
         sampler = GlobalBatchSampler(order, part, self.horizontal_flip, self._images_seen)
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         self._resident = resident(dataset, device)
-        return DataLoader(
+        return WatchedLoader(
             self._resident or TrainingView(dataset),
             batch_sampler=sampler,
             collate_fn=default_convert,

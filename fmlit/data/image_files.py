@@ -90,7 +90,7 @@ def _read_npz(path: str, shape: Sequence[int] | None) -> LabeledDataset:
     except OSError:
         raise
     except Exception as error:  # zipfile and numpy have a dozen ways to say that a file is damaged
-        raise UserError(f"{path} is no .npz with images in arr_0 ({error})") from error
+        raise UserError(f"{path} is not an .npz file with images in arr_0 ({error})") from error
     expected = "N, H, W, C" if shape is None else f"N, {', '.join(map(str, (*shape[1:], shape[0])))}"
     fits = images.ndim == 4 if shape is None else images.shape[1:] == (*shape[1:], shape[0])
     if images.dtype != np.uint8 or not fits:

@@ -11,12 +11,13 @@ from typing import Literal, cast
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fmlit.core.errors import FileError, UserError
 from fmlit.core.files import expand
 from fmlit.core.processes import ProcessGroup
 from fmlit.core.progress import progress
+from fmlit.core.workers import WatchedLoader
 from fmlit.data.data_module import DataModule, Split
 from fmlit.data.decoding import MAX_MEGAPIXELS, find_pictures, list_files, read_picture
 from fmlit.data.stores import LabeledDataset
@@ -188,7 +189,7 @@ class ImageFolder(DataModule):
         ids = {name: label for label, name in enumerate(self.class_names)}
         folders = [name.partition("/")[0] for name in names]
         if unknown := sorted(set(folders) - ids.keys()):
-            raise UserError(f"{Path(root, unknown[0])} is of none of the classes {', '.join(ids)} of {self.root}")
+            raise UserError(f"{Path(root, unknown[0])} belongs to none of the classes {', '.join(ids)} of {self.root}")
         return [ids[folder] for folder in folders]
 
 
@@ -221,7 +222,7 @@ class _Problems(Dataset[str]):
 
 def find_problems(pictures: PictureFolder, num_workers: int = 0) -> dict[str, str]:
     """Read every picture. Returns what is wrong with those that cannot be read, by name."""
-    loader = DataLoader(_Problems(pictures), batch_size=64, num_workers=num_workers, collate_fn=list)
+    loader = WatchedLoader(_Problems(pictures), batch_size=64, num_workers=num_workers, collate_fn=list)
     batches = progress(loader, len(loader), "checking pictures")
     problems = [problem for batch in batches for problem in batch]
     return {name: problem for name, problem in zip(pictures.names, problems, strict=True) if problem}

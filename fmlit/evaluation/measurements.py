@@ -234,7 +234,7 @@ class LikelihoodMeasurement(Measurement):
         for batch in self.scored.scorer.batches(len(chosen)):
             images, labels = dataset.batch(chosen[batch].tolist())
             if images.dtype != torch.uint8:
-                raise UserError(f"metric bpd is of 8-bit images, and {type(data).__name__} holds {images.dtype}")
+                raise UserError(f"metric bpd needs 8-bit images, and {type(data).__name__} holds {images.dtype}")
             generator = training_generator(seed, batch.start, "bpd")
             z = likelihood.dequantize(images, generator).to(model.device)
             field = guided_velocity(model, None if model.num_classes is None else labels.to(model.device), 1.0)

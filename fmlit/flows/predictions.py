@@ -72,9 +72,14 @@ class Prediction(ABC):
         """w(t), (B,), for which ``w |F - target|^2`` is the flow matching loss, with its gain clipped."""
         return self.gains(path, t).velocity.clamp(max=MAX_GAIN).square()
 
-    def score_matching_weight(self, path: GaussianPath, t: Tensor) -> Tensor:
-        """w(t), (B,), for which ``w |F - target|^2`` is the denoising score matching loss, with its gain clipped."""
-        return self.gains(path, t).noise.clamp(max=MAX_GAIN).square()
+    def score_matching_weight(self, path: GaussianPath, t: Tensor, weighted: bool = True) -> Tensor:
+        """w(t), (B,), for which ``w |F - target|^2`` is the denoising score matching loss.
+
+        ``weighted`` is that loss with its factor beta^2, and with its gain clipped. Without the factor, nothing is
+        clipped: ``|s_theta - s|^2`` is ``|eps_theta - eps|^2 / beta^2``.
+        """
+        noise = self.gains(path, t).noise
+        return noise.clamp(max=MAX_GAIN).square() if weighted else (noise / path.beta(t)).square()
 
     def velocity(self, path: GaussianPath, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         z, eps = self.data_and_noise(path, output, x, t)

@@ -114,7 +114,7 @@ class ImageQuality:
         if expected is not None and tuple(images.shape[-2:]) != expected[-2:]:
             raise UserError(
                 f"generated images are {images.shape[-2]}x{images.shape[-1]} pixels and the reference's "
-                f"{expected[-2]}x{expected[-1]}: distances between sizes mean nothing"
+                f"{expected[-2]}x{expected[-1]}: distances between different sizes mean nothing"
             )
 
     def reduce(self) -> Self:

@@ -16,7 +16,7 @@ def count_label(n: int) -> str:
 def metric_key(metric: str, features: str, n: int) -> str:
     """The name of a metric on n images: ``fid_5k``, ``kid_5k``, ``recall_5k`` are numbers on Inception features.
 
-    Other features carry their own name, and the Fréchet and kernel distances on them are no "inception distance":
+    Other features carry their own name, and the Fréchet and kernel distances on them are not an "inception distance":
     ``fd_pixels_1k``, ``kd_pixels_1k``, ``recall_pixels_1k``.
     """
     if features != "inception":

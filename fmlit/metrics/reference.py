@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fmlit.core.errors import UserError
 from fmlit.core.files import atomic_write, expand
 from fmlit.core.processes import ProcessGroup
+from fmlit.core.workers import WatchedLoader
 from fmlit.metrics.features import Features
 from fmlit.metrics.frechet import GaussianStatistics
 
@@ -182,7 +183,7 @@ def reference_statistics(
         starts = range(0, len(images), batch_size)[ranks.rank :: ranks.size]
         batches = [list(range(start, min(start + batch_size, len(images)))) for start in starts]
         generator = torch.Generator()  # a loader draws a seed even where it shuffles nothing
-        loader = DataLoader(images, batch_sampler=batches, num_workers=num_workers, generator=generator)
+        loader = WatchedLoader(images, batch_sampler=batches, num_workers=num_workers, generator=generator)
         statistics, indices, rows = _accumulate(batches, progress(loader), features, frozenset(subset.tolist()))
     statistics = statistics.reduce(ranks)
     indices, rows = ranks.gather_rows(indices), ranks.gather_rows(rows)

@@ -40,7 +40,7 @@ class ReferenceFile:
         features: name of the features, as far as the file says.
 
     Raises:
-        UserError: the file is missing, damaged or something else, or its statistics are no mean and covariance.
+        UserError: the file is missing, damaged or something else, or its statistics are not a mean and a covariance.
     """
 
     def __init__(self, path: str) -> None:
@@ -62,7 +62,7 @@ class ReferenceFile:
         if {"mu", "sigma"} <= set(arrays):
             self._gaussian = _gaussian(arrays["mu"], arrays["sigma"], path)
         elif self._pictures is None:
-            raise UserError(f"{path} is no reference: it has neither mu and sigma, nor pictures in arr_0")
+            raise UserError(f"{path} is not a reference: it has neither mu and sigma, nor pictures in arr_0")
 
     def check(self, features: Features, shape: Sequence[int]) -> None:
         """Raise a UserError unless images of this shape (C, H, W) and their features can be compared with the file's.
@@ -145,7 +145,7 @@ def _gaussian(mean: np.ndarray, covariance: np.ndarray, path: str) -> tuple[Tens
         if values.dtype.kind not in "fiu" or not np.isfinite(values).all():
             raise UserError(f"{name} of {path} holds NaN, infinite values, or something other than numbers")
     if np.abs(covariance - covariance.T).max(initial=0) > ASYMMETRY * np.abs(covariance).max(initial=0):
-        raise UserError(f"sigma of {path} is not symmetric, so it is no covariance")
+        raise UserError(f"sigma of {path} is not symmetric, so it is not a covariance")
     if (covariance.diagonal() < 0).any():
-        raise UserError(f"sigma of {path} has negative variances, so it is no covariance")
+        raise UserError(f"sigma of {path} has negative variances, so it is not a covariance")
     return torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64))

@@ -61,6 +61,8 @@ def compile_net(net: nn.Module, mode: CompileMode) -> None:
     compile_backward_early()
     # diffusers asks for torch's version behind a cache, which compiled code may do without.
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+    # On a machine without a GPU, it warns that it found no CUDA runtime.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     plain, failed = plain_call(net), False
     compiled = torch.compile(plain, mode=mode, dynamic=False)
 

@@ -100,7 +100,7 @@ class GenerativeModel(nn.Module):
     def score(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """The marginal score grad log p_t(x).
 
-        For a ``coupled`` model it is ``-E[eps | x] / beta``, which is no score.
+        For a ``coupled`` model it is ``-E[eps | x] / beta``, which is not the score.
         """
         return self.prediction.score(self.path, self(x, t, labels), x, t)
 

@@ -92,7 +92,7 @@ def build(description: Description, trust: Sequence[str] = (), kind: type = obje
 
     Raises:
         UserError: a class outside of these, an unknown or unfit argument, an object of another kind, or something that
-            is no description.
+            is not a description.
     """
     built = _construct(description, _classes(description, trust))
     if not isinstance(built, kind):
@@ -136,7 +136,7 @@ def _items(container: Any) -> list[Any]:
 
 
 def check_tensors(weights: Any) -> None:
-    """Raise a UserError for weights that are no dict of plain tensors, or are not all stored."""
+    """Raise a UserError for weights that are not a dict of plain tensors, or are not all stored."""
     if not isinstance(weights, Mapping):
         raise UserError(f"its weights are a {type(weights).__qualname__}, not a dict of tensors")
     stored, numbers = {}, 0
@@ -186,7 +186,7 @@ def _check_fit(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Non
 
 
 def class_paths(description: Any) -> list[str]:
-    """All names of classes in a description. A UserError for anything that is no description."""
+    """All names of classes in a description. A UserError for anything that is not a description."""
     if not (isinstance(description, dict) and "class_path" in description):
         raise UserError(f"a description is a dict with class_path and init_args, got {_shorten(description)}")
     check_depth(description)

@@ -170,7 +170,7 @@ class RunFolder(os.PathLike[str]):
         """The folder of that name that was claimed last. Raises UserError if there is none."""
         runs = RunFolder.named(root, name)
         if not runs:
-            raise UserError(f"there is no run named {name!r} in {root} to go on with; start it without --resume")
+            raise UserError(f"there is no run named {name!r} in {root} to continue; start it without --resume")
         return runs[-1]
 
     @staticmethod

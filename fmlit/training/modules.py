@@ -26,7 +26,7 @@ from fmlit.models.generative_model import GenerativeModel
 from fmlit.storage.descriptions import describe
 from fmlit.training.draws import GlobalBatch, TrainingDraws
 from fmlit.training.lightning_internals import attached_trainer, is_accumulating, restart_accumulation
-from fmlit.training.networks import NetworkFactory, build_network
+from fmlit.training.networks import NetworkFactory, build_network, check_data
 from fmlit.training.optimizers import AdamW, OptimizerConfig, match_state_strides, replace_saved_settings
 from fmlit.training.run_context import RunContext
 from fmlit.training.schedules import LearningRateSchedule
@@ -77,10 +77,8 @@ class GenerativeModule(pl.LightningModule, ABC):
         self.loss_weight = LearnedLossWeight() if learned_loss_weight else None
         self.draws, self.optimizer, self.schedule, self.execution = draws, optimizer, schedule, execution
         execution.set_memory_format(network)
-        self.seed = seed
-        self.images_seen = 0
+        self.seed, self.images_seen, self._ending = seed, 0, False
         self._stepped_at = 0  # images seen before the current optimizer step
-        self._ending = False
         self._data_identity: dict[str, Any] | None = None
         self._run: RunContext | None = None
 
@@ -116,7 +114,7 @@ class GenerativeModule(pl.LightningModule, ABC):
             conflict = f"{self.execution.compile} and trainer.accumulate_grad_batches do not go together"
             raise UserError(f"model.execution.compile: {conflict}; choose max-autotune-no-cudagraphs or default")
         if self.run.data is not None:
-            self._check_data(self.run.data)
+            check_data(self.model, self.run.data)
             self.name_classes(self.run.data)
             self._recognize(self.run.data)
         self.schedule.warn_of_long_warmup()
@@ -130,13 +128,6 @@ class GenerativeModule(pl.LightningModule, ABC):
         """Give the model the class names of its data, which travel with it into checkpoints and exports."""
         if self.model.num_classes is not None and data.class_names is not None:
             self.model.class_names = tuple(data.class_names)
-
-    def _check_data(self, data: DataModule) -> None:
-        model = self.model
-        if model.shape != tuple(data.shape):
-            raise UserError(f"the network is for data of shape {model.shape}, and the data has {tuple(data.shape)}")
-        if model.num_classes is not None and model.num_classes != data.num_classes:
-            raise UserError(f"the network has {model.num_classes} classes, and the data {data.num_classes or 'none'}")
 
     def _recognize(self, data: DataModule) -> None:
         """Warn if a resumed run sees other training data than before. Rank 0 compares, and keeps what it saw."""
@@ -282,16 +273,27 @@ class ScoreMatchingModule(GenerativeModule):
 
     With ``prediction=Noise()``, the default, this is DDPM's noise regression. ``Score()`` trains a score network. A
     network that predicts something else is trained on that (``Prediction.score_matching_weight``).
-    The arguments are those of ``GenerativeModule``; the defaults of ``path`` and ``prediction`` differ.
+    The other arguments are those of ``GenerativeModule``; the defaults of ``path`` and ``prediction`` differ.
+
+    Args:
+        weighted: weight the loss by beta^2. False trains on the course's plain ``|s_theta - s|^2``, to be compared:
+            nearly all of it comes from times close to the data, where it grows like 1 / beta^2.
     """
 
     def __init__(
-        self, *args: Any, path: GaussianPath = VPPath(), prediction: Prediction = Noise(), **kwargs: Any
+        self,
+        *args: Any,
+        path: GaussianPath = VPPath(),
+        prediction: Prediction = Noise(),
+        weighted: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, path=path, prediction=prediction, **kwargs)  # type: ignore[misc]  # path is not in args
+        self.weighted = weighted
 
     def loss(self, z: Tensor, eps: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        return self._regression(z, eps, t, labels, self.model.prediction.score_matching_weight(self.model.path, t))
+        weight = self.model.prediction.score_matching_weight(self.model.path, t, self.weighted)
+        return self._regression(z, eps, t, labels, weight)
 
     @cached_property
     def time_limits(self) -> Limits:

@@ -6,6 +6,8 @@ from torch import nn
 
 from fmlit.core.errors import UserError
 from fmlit.core.internals import is_compiled
+from fmlit.data.data_module import DataModule
+from fmlit.models.generative_model import GenerativeModel
 
 NetworkFactory = Callable[[Sequence[int], int | None], nn.Module]
 AS_IN = "as in shape=(3, 32, 32)"
@@ -60,3 +62,15 @@ def _read_off(
     if None not in (classes, num_classes) and classes != num_classes:
         raise UserError(f"num_classes: {name} was built for {classes}, not for {num_classes}; leave num_classes out")
     return own_shape, classes
+
+
+def check_data(model: GenerativeModel, data: DataModule) -> None:
+    """Check that a model fits the data.
+
+    Raises:
+        UserError: their shapes or their numbers of classes differ.
+    """
+    if model.shape != tuple(data.shape):
+        raise UserError(f"the network is for data of shape {model.shape}, and the data has {tuple(data.shape)}")
+    if model.num_classes is not None and model.num_classes != data.num_classes:
+        raise UserError(f"the network has {model.num_classes} classes, and the data {data.num_classes or 'none'}")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -68,9 +69,24 @@ def find_meeting(alone: bool = False) -> Meeting | None:
         except RuntimeError as error:
             raise UserError(str(error)) from error
         meeting = Meeting(slurm.global_rank(), slurm.world_size(), slurm.main_address, slurm.main_port, False)
+    else:
+        _check_interactive_step()
     if meeting is None and int(env.get("NODE_RANK", 0)) > 0 and "LOCAL_RANK" not in env:
         raise UserError(f"NODE_RANK is {env['NODE_RANK']}: to train on several nodes, launch with torchrun or srun")
     return meeting if meeting is not None and (alone or meeting.world_size > 1) else None
+
+
+def _check_interactive_step() -> None:
+    """Raise a UserError if srun started several processes in a Slurm job whose name makes Lightning ignore Slurm.
+
+    Each would train alone. A shell that ``srun --pty`` opened looks the same in its first task, but has a terminal.
+    """
+    env = os.environ
+    several = int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+    if several and (int(env.get("SLURM_PROCID") or 0) > 0 or not sys.stdin.isatty()):
+        job = f"a Slurm job called {env.get('SLURM_JOB_NAME')!r}"
+        problem = f"srun started {env['SLURM_STEP_NUM_TASKS']} processes in {job}, each of which would train alone"
+        raise UserError(f"{problem}: put SLURM_JOB_NAME=train before srun, or give salloc another --job-name")
 
 
 def connect(meeting: Meeting, timeout_s: float) -> TCPStore:

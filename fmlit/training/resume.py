@@ -52,7 +52,7 @@ def find_start(folder: RunFolder, module: GenerativeModule, required: bool) -> S
         check_tensors(checkpoint.get("state_dict"))
         step, images = int(checkpoint["global_step"]), int(checkpoint["images_seen"])
     except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:  # it may hold anything
-        raise UserError(f"{path} is no checkpoint of fmlit: {error}; start a new run without --resume") from error
+        raise UserError(f"{path} is not an fmlit checkpoint: {error}; start a new run without --resume") from error
     differences = list(_differences(checkpoint.get("model_description"), describe(module.model), "model"))
     differences = differences or list(_differences(_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())))
     differences = differences or list(

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-# torchrun, shells and schedulers may pass on a signal that the process has had already. That is no second one.
+# torchrun, shells and schedulers may pass on a signal that the process has had already. It does not count twice.
 SECOND_AFTER_S = 1.0
 
 

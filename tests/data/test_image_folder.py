@@ -183,7 +183,7 @@ def test_held_out_pictures_have_the_classes_of_the_training_pictures(two_classes
     data = ImageFolder(str(two_classes), size=4, test_root=str(tmp_path / "test"))
     assert data.dataset("test").batch(range(1))[1].tolist() == [1]
     save(tmp_path / "test/birds/1.png")
-    with pytest.raises(ValueError, match=r"test/birds is of none of the classes cats, dogs"):
+    with pytest.raises(ValueError, match=r"test/birds belongs to none of the classes cats, dogs"):
         ImageFolder(str(two_classes), size=4, test_root=str(tmp_path / "test")).dataset("test")
     with pytest.raises(ValueError, match="name their folder with test_root"):
         ImageFolder(str(two_classes), size=4).dataset("test")

@@ -49,10 +49,10 @@ def test_pictures_that_are_not_comparable_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, "no .npz with images in arr_0"),
+        ({"images": np.zeros((3, 8, 8, 1), np.uint8)}, "not an .npz file with images in arr_0"),
         ({"arr_0": np.zeros((3, 8, 8, 1), np.float32)}, r"must be uint8 \(N, 8, 8, 1\) like the data, got float32"),
         ({"arr_0": np.zeros((3, 1, 8, 8), np.uint8)}, r"like the data, got uint8 \(3, 1, 8, 8\)"),
-        ({"arr_0": np.array([None])}, "no .npz with images"),  # a pickle, which is not opened
+        ({"arr_0": np.array([None])}, "not an .npz file with images"),  # a pickle, which is not opened
     ],
 )
 def test_arrays_that_are_no_images(arrays, said, tmp_path):
@@ -97,7 +97,7 @@ def test_contradictions_are_named_in_one_line(checkpoint, tmp_path, monkeypatch,
     ("command", "options", "said"),
     [
         (score, "--images x --guidance 2", "guidance: no such option"),
-        (score, "--images x --metrics fid,class", "metric class asks a model, and pictures come without one"),
+        (score, "--images x --metrics fid,class", "metric class needs a model, and pictures come without one"),
         (score, "--images x --metrics fid,fit", "unknown metric 'fit': choose from fid, kid, precision, recall"),
         (score, "--images nowhere", "there is no folder nowhere"),
         (score, "--images nowhere.npz", "No such file or directory: 'nowhere.npz'"),
@@ -117,7 +117,7 @@ def test_commands_without_a_model_have_no_options_of_one(
 
 def test_models_and_data_that_do_not_fit(tmp_path, checkpoint, options, capsys):
     vectors = str(save_run(tmp_path / "vectors", known_model((1,), None), TwoPoints()))
-    with pytest.raises(ValueError, match="evaluation is of images, and TwoPoints holds vectors"):
+    with pytest.raises(ValueError, match="only images can be evaluated, and TwoPoints holds vectors"):
         evaluate(vectors, **options)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"model makes images of shape \(1, 8, 8\), and ImageFolder holds \(3, 9, 9\)"):

@@ -205,7 +205,7 @@ def _scontrol(folder: Path, code: int = 0) -> dict[str, str]:
         ("array", ["requeue 12_3"], "job 12_3 is requeued"),
         ("failing", ["requeue 17"], "job 17 is not requeued: scontrol said: Invalid job id; sbatch it again"),
         ("missing", [], "job 17 is not requeued: there is no scontrol here; sbatch it again, with --resume"),
-        ("no slurm", [], "not requeued, as this is no Slurm job; --resume goes on"),
+        ("no slurm", [], "not requeued, because this is not a Slurm job; --resume continues the run"),
         ("cancelled", [], "--resume goes on"),
     ],
 )

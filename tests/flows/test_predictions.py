@@ -130,6 +130,17 @@ def test_weights_are_those_of_the_two_losses_up_to_a_bound(path, prediction):
 
 
 @each_path
+@each_prediction
+def test_the_unweighted_score_matching_loss_is_the_square_of_the_scores_error(path, prediction):
+    z, eps, t = draw((6,), n=64)
+    x, target = path.sample(z, eps, t), prediction.target(path, z, eps, t)
+    output = target + 0.1 * torch.randn_like(target)
+    weight = prediction.score_matching_weight(path, t, weighted=False)
+    error = prediction.score(path, output, x, t) + eps / path.beta(t)[:, None]
+    assert_same(weight[:, None] * (output - target).square(), error.square())
+
+
+@each_path
 def test_preconditioning_is_that_of_edm(path):
     """D(y; sigma) = c_skip y + c_out F(c_in y), y = x / alpha, sigma = beta / alpha (Karras et al. 2022, table 1)."""
     std, prediction = 0.5, PreconditionedVelocity(0.5)

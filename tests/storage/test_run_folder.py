@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
-from fmlit.core.errors import FileError
+from fmlit.core.errors import FileError, UserError
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training import rendezvous
 from fmlit.training.launch import begin
@@ -317,6 +317,21 @@ def slurm_task(rank, port, tasks=2):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+@pytest.mark.parametrize("name", ["interactive", "bash"])
+def test_tasks_in_a_job_where_lightning_ignores_slurm_are_refused(monkeypatch, name):
+    steps = slurm_task(0, 12345) | {"SLURM_JOB_NAME": name, "SLURM_STEP_NUM_TASKS": "2"}
+    steps = {key: value for key, value in steps.items() if not key.startswith("MASTER")}
+    for rank in (0, 1):
+        launched(monkeypatch, **(steps | {"SLURM_PROCID": str(rank)}))
+        with pytest.raises(UserError, match=f"2 processes in a Slurm job called '{name}'.*SLURM_JOB_NAME="):
+            agree(lambda: "alone")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)  # the shell of srun --pty
+    launched(monkeypatch, **steps)
+    assert agree(lambda: "a shell") == "a shell"
+    launched(monkeypatch, **(steps | {"SLURM_STEP_NUM_TASKS": "1"}))
+    assert agree(lambda: "one task") == "one task"
 
 
 def test_slurm_tasks_agree_and_the_process_group_still_starts(tmp_path, out):

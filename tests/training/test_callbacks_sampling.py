@@ -154,7 +154,7 @@ def test_a_score_that_the_coupling_spoils_is_refused_before_training(sampler, tm
 
 def test_vectors_have_no_quality_curve(tmp_path):
     module = digits_module(shape=(2,), num_classes=None, conditional=False)
-    with pytest.raises(ValueError, match=r"quality.every: these distances are of images, and the data are vectors"):
+    with pytest.raises(ValueError, match=r"quality.every: these distances need images, and the data are vectors"):
         fit(module, tmp_path, 1, curve(tmp_path), data=Moons(samples=100, batch_size=12))
 
 

@@ -194,6 +194,14 @@ def test_the_loss_is_the_mean_over_samples_of_the_objective(make):
     assert out["loss"].requires_grad
 
 
+def test_unweighted_score_matching_divides_the_noise_regression_by_beta_squared():
+    z, eps, t = torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8), torch.linspace(0.1, 0.9, 6)
+    weighted, plain = (rank_of(digits_module(ScoreMatchingModule, weighted=w)) for w in (True, False))
+    plain.model.load_state_dict(weighted.model.state_dict())
+    expected = weighted.loss(z, eps, t, torch.zeros(6, dtype=torch.int64)) / weighted.model.path.beta(t).square()
+    torch.testing.assert_close(plain.loss(z, eps, t, torch.zeros(6, dtype=torch.int64)), expected)
+
+
 def test_flow_matching_of_a_preconditioned_network_is_a_regression_of_unit_weight():
     prediction = PreconditionedVelocity(0.5)
     module = rank_of(digits_module(prediction=prediction, draws=TrainingDraws(label_drop=0.0)))

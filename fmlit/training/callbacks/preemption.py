@@ -131,7 +131,7 @@ def _requeue() -> str:
     environment = os.environ
     job = environment.get("SLURM_JOB_ID")
     if not job:
-        return "not requeued, as this is no Slurm job; --resume goes on"
+        return "not requeued, because this is not a Slurm job; --resume continues the run"
     if "SLURM_ARRAY_JOB_ID" in environment:
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     try:

@@ -77,7 +77,7 @@ class QualityCurve(EveryImages):
         if self.every is not None:
             check_sampler(self.sampler, pl_module, "quality.sampler")
             if len(pl_module.model.shape) != 3:
-                raise UserError("quality.every: these distances are of images, and the data are vectors; leave it null")
+                raise UserError("quality.every: these distances need images, and the data are vectors; leave it null")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: GenerativeModule) -> None:
         if self.every is None:
