@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 
 import fmlit
 from fmlit.cli import errors, messages
@@ -69,7 +70,14 @@ class Parser(LightningArgumentParser):
     def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._nested and nested_key is None:
             self._class = theclass
-        return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+        if not (issubclass(theclass, Logger) and "save_dir" in _arguments(theclass)):
+            return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+        # Lightning's require it, or take the working directory.
+        kwargs["skip"] = {*kwargs.get("skip", ()), "save_dir"}
+        added = super().add_class_arguments(theclass, nested_key, *args, **kwargs)
+        option = join_keys(nested_key or "", "save_dir")
+        self.add_argument(f"--{option}", type=str | None, help="Folder of its files. Null means the run folder.")
+        return added
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
         return self._unmasked(super().parse_args, *args, **kwargs)

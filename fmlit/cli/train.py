@@ -22,8 +22,8 @@ import contextlib
 import json
 import math
 import re
-import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,10 +38,11 @@ from lightning.pytorch.plugins import Precision
 
 import fmlit
 from fmlit.cli import errors, recipes
+from fmlit.cli.loggers import build_loggers, listed
 from fmlit.cli.parsing import LINKS, Parser, check_arguments, check_network, switch_on, tidy
 from fmlit.cli.run_options import MANAGED_TRAINER_OPTIONS, RunOptions
-from fmlit.core.errors import LeaseLostError, LostProcessError, UserError
-from fmlit.core.files import atomic_write, check_owner, expand, file_errors
+from fmlit.core.errors import LostProcessError, UserError
+from fmlit.core.files import atomic_write, expand, file_errors
 from fmlit.data.data_module import DataModule
 from fmlit.storage import lease
 from fmlit.storage.checkpoints import AtomicCheckpointIO
@@ -54,6 +55,7 @@ from fmlit.training.loggers import MetricsFile
 from fmlit.training.modules import GenerativeModule
 from fmlit.training.rendezvous import agree
 from fmlit.training.resume import Start, find_start, take_weights
+from fmlit.training.signals import exit_on_signals
 from fmlit.training.summary import Parts, describe_run, quiet_logging, summarize_run
 
 PARTS: dict[str, type[pl.Callback]] = Parts.__annotations__
@@ -88,7 +90,8 @@ class TrainingCLI(LightningCLI):
 
     run_folder: RunFolder
     start = Start()
-    _fresh = True
+    _fresh = False  # whether this launch has made the folder
+    _loggers: Any = None  # their configuration
     fit_seconds = math.inf
 
     def __init__(self, args: Sequence[str], program: str = "train.py") -> None:
@@ -137,14 +140,20 @@ class TrainingCLI(LightningCLI):
             raise UserError(f"images: a run has at least 1 training image, got {self.config['images']}")
         trainer_settings.check_trainer(self.config["trainer"])
         check_network(self.config)
+        self._loggers, self.config["trainer"]["logger"] = self.config["trainer"]["logger"], None
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except BaseException:  # a signal, too
+            self.discard()
+            raise
         if self.config["quality"]["sampler"] is None:
             self.config_init["quality"].sampler = self.config_init["samples"].sampler
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         self.model.name_classes(self.datamodule)  # before a resume compares them
+        self.config["trainer"]["logger"] = self._loggers  # which need the run folder
         resume, self.config["resume"] = self.config["resume"], False  # config.yaml starts a run of its own
         self.config["name"] = self.config["name"] or self._stem
         root, name = expand(self.config["runs"], "runs"), self.config["name"]
@@ -152,18 +161,14 @@ class TrainingCLI(LightningCLI):
         terms = lease.Terms(self.config["lease_expiry"], self.config["lease_wait"])
         self.run_folder, resumed = begin(root, name, resume, self._own_folder(root, name), terms)
         self._fresh = not resumed
-        try:
-            if resumed:
-                self.start = Start(*agree(lambda: find_start(self.run_folder, self.model, resume is True)))
-            weights = self.config["start_from"]
-            if weights is not None and self.start.checkpoint is None:  # a requeued job may have none yet
-                take_weights(weights, self.model)
-                self.start = Start(weights=weights)
-            trainer = self._build_trainer(**self._settings(), **kwargs)
-            self._check_processes(trainer)
-        except BaseException:
-            self.discard()
-            raise
+        if resumed:
+            self.start = Start(*agree(lambda: find_start(self.run_folder, self.model, resume is True)))
+        weights = self.config["start_from"]
+        if weights is not None and self.start.checkpoint is None:  # a requeued job may have none yet
+            take_weights(weights, self.model)
+            self.start = Start(weights=weights)
+        trainer = self._build_trainer(**self._settings(), **kwargs)
+        self._check_processes(trainer)
         return trainer
 
     def _own_folder(self, root: Path, name: str) -> RunFolder | None:
@@ -192,7 +197,8 @@ class TrainingCLI(LightningCLI):
         if steps == -1:
             left = max(0, self.config["images"] - self.start.images)
             steps = self.start.step + math.ceil(left / self.datamodule.batch_size)
-        loggers, callbacks, plugins = (_listed(given[key]) for key in ("logger", "callbacks", "plugins"))
+        callbacks, plugins = (listed(given[key]) for key in ("callbacks", "plugins"))
+        loggers = build_loggers(self._loggers, self.run_folder)
         trainer_settings.check_callbacks(callbacks)
         for logger in loggers:
             if hasattr(logger, "attach"):
@@ -231,11 +237,11 @@ class TrainingCLI(LightningCLI):
 
     def fit(self) -> None:
         """Train. A run folder in which nothing was learned is removed again."""
-        if self.trainer.is_global_zero:
-            print(describe_run(self.run_folder, self.trainer, self.model, self.datamodule, self.start), flush=True)
         started = time.perf_counter()
         try:
-            with self.parts.preemption.watch_signals(exit_at_once):
+            if self.trainer.is_global_zero:
+                print(describe_run(self.run_folder, self.trainer, self.model, self.datamodule, self.start), flush=True)
+            with self.parts.preemption.watch_signals(self._end_at_once):
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.start.checkpoint, weights_only=True)
         except RuntimeError as error:
             if not (isinstance(error, torch.distributed.DistError) or GLOO_ERROR.match(str(error))):
@@ -249,15 +255,15 @@ class TrainingCLI(LightningCLI):
 
     def discard(self) -> None:
         """Remove the run folder, if this process made it and nothing was saved there."""
-        if self._fresh and not self.run_folder.has_checkpoints() and not errors.process_rank():
-            with contextlib.suppress(LeaseLostError):
-                check_owner(self.run_folder.config)
-                shutil.rmtree(self.run_folder, ignore_errors=True)
+        if self._fresh and not errors.process_rank():
+            lease.abandon(self.run_folder)
 
-
-def _listed(value: Any) -> list[Any]:
-    """One value or several as a list; empty for None, and for the True or False that stand for default loggers."""
-    return [item for item in (value if isinstance(value, list) else [value]) if not isinstance(item, bool | None)]
+    def _end_at_once(self, code: int) -> None:
+        """End the process, from any thread. An unused run folder goes, where the disk answers within seconds."""
+        if self.trainer.global_step == 0:
+            (removal := threading.Thread(target=self.discard, daemon=True)).start()
+            removal.join(5)
+        exit_at_once(code)
 
 
 def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, program: str = "train.py") -> None:
@@ -275,7 +281,7 @@ def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, progra
     with quiet_logging(), contextlib.ExitStack() as ending:
         ending.callback(lease.release)
         preempted = None
-        with errors.one_line_errors(MEMORY):
+        with errors.one_line_errors(MEMORY), exit_on_signals():
             cli = TrainingCLI(args, program)
             try:
                 cli.fit()

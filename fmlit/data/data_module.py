@@ -142,9 +142,9 @@ class DataModule(LightningDataModule, ABC):
 
 
 def _outlive_preemption(worker: int) -> None:
-    """A preempted job gets its signal in all its processes, and training needs the workers until it has saved.
+    """A job or a terminal sends its signals to all processes, and training needs the workers until it has saved.
 
     They end with the process that started them.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

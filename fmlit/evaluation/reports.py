@@ -125,6 +125,8 @@ def push(records: Sequence[Record], picture: Path | None, project: str, folder: 
     logger = WandbLogger(project=project)
     logger.attach(folder)
     run = logger.experiment
+    if logger.failed:
+        return  # a line has said why
     run.name = f"{folder.absolute().parent.name}-evaluation"
     header, *rows = table(records)
     content: dict[str, Any] = {"evaluation": wandb.Table(columns=header, data=rows)}

@@ -172,6 +172,16 @@ def release() -> None:
         _held.popitem()[1].release()
 
 
+def abandon(folder: RunFolder) -> None:
+    """Remove the folder of a run that has not begun, unless it holds a checkpoint or another launch has taken it."""
+    held = _held.get(folder.path.resolve())
+    with contextlib.suppress(LeaseLostError, OSError):
+        if held is not None:
+            held.check()
+        if not folder.has_checkpoints() and (held is not None or not newest(folder.path)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _wait_for_turn(
     path: Path, terms: Terms, clock: Callable[[], float], sleep: Callable[[float], Any]
 ) -> tuple[int, bool]:

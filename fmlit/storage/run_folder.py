@@ -160,8 +160,9 @@ class RunFolder(os.PathLike[str]):
                 folder.path.rmdir()
                 raise
         except OSError as error:
-            reason = error.strerror or error
-            raise writing_error(f"cannot create a run folder in {root}: {reason}; choose another", error) from error
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of the record
+            reason = cause.strerror or cause
+            raise writing_error(f"cannot create a run folder in {root}: {reason}; choose another", cause) from error
         return folder
 
     @staticmethod

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from fmlit.storage.lease import Terms, hold
+from fmlit.storage.lease import Terms, abandon, hold
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.rendezvous import agree, connect, find_meeting
 
@@ -36,14 +36,25 @@ def begin(
     Raises:
         TryAgainError: another launch works in the folder.
     """
-    patience = 300.0 + terms.expiry_s + terms.wait_s
-    folder, resumed = agree(lambda: _choose(root, name, resume, own, terms), patience)
+    patience, claimed = 300.0 + terms.expiry_s + terms.wait_s, list[RunFolder]()
+    try:
+        folder, resumed = agree(lambda: _choose(root, name, resume, own, terms, claimed), patience)
+    except BaseException:  # a signal, too, or a process that did not come
+        for unused in claimed:
+            abandon(unused)
+        raise
     return RunFolder(Path(folder)), resumed
 
 
 def _choose(
-    root: str | Path, name: str, resume: bool | Literal["auto"], own: RunFolder | None, terms: Terms
+    root: str | Path,
+    name: str,
+    resume: bool | Literal["auto"],
+    own: RunFolder | None,
+    terms: Terms,
+    claimed: list[RunFolder],
 ) -> tuple[str, bool]:
+    """The run folder, and whether it is continued. A new one is added to ``claimed`` before anything else can fail."""
     launch, restarted = _identify_launch()
     runs = [own] if own and resume else RunFolder.named(root, name)
     if restarted:
@@ -53,6 +64,8 @@ def _choose(
                 return str(folder), True
     resume = bool(runs) if resume == "auto" else resume
     folder = (own or RunFolder.newest(root, name)) if resume else RunFolder.claim(root, name)
+    if not resume:
+        claimed.append(folder)
     hold(folder, replace(terms, launch=launch))
     if launch:
         folder.add_launch(launch)

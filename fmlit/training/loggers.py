@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers.logger import DummyLogger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL.Image import Image
 
@@ -20,6 +20,7 @@ from fmlit.core.errors import UserError, first_line
 from fmlit.core.files import atomic_write, check_owner
 from fmlit.storage.run_folder import RunFolder
 from fmlit.training.lightning_internals import RelocatableWandbLogger
+from fmlit.training.wandb_environment import drop_refused_settings, give_home
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class WandbLogger(RelocatableWandbLogger):
         name = project or os.environ.get("WANDB_PROJECT") or "fmlit"
         super().__init__(project=name, offline=offline, entity=entity, group=group, tags=tags)
         self.project, self.entity, self.group, self.tags, self.offline = project, entity, group, tags, offline
-        self._failed = False
+        self.failed = False  # then nothing is recorded any more
         self._images_seen = 0
 
     @property
@@ -171,32 +172,34 @@ class WandbLogger(RelocatableWandbLogger):
     def experiment(self) -> Any:
         """The W&B run; one that records nothing if W&B does not even start offline."""
         if self.started_run is None:
-            run = self.started_run = self._start()
-            run.define_metric("images_seen")
-            run.define_metric("*", step_metric="images_seen")
+            folder = Path(self.save_dir or ".")
+            run_id = RunFolder(folder).wandb_id(os.environ.get("WANDB_RUN_ID"))
+            try:
+                run = self.started_run = self._start(folder, run_id)
+                run.define_metric("images_seen")
+                run.define_metric("*", step_metric="images_seen")
+            except Exception as error:  # whatever it is, training goes on
+                log.warning("W&B: not recording this run (%s)", first_line(error))
+                self.started_run, self.failed = DummyLogger().experiment, True
         return self.started_run
 
-    def _start(self) -> Any:
+    def _start(self, folder: Path, run_id: str) -> Any:
         os.environ.setdefault("WANDB__SERVICE_WAIT", "300")  # its service takes minutes to start on a busy file system
         os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # for a server that does not answer; 90 s by default
+        give_home()
         import wandb
 
-        folder, refused = Path(self.save_dir or "."), _drop_refused_settings()
+        refused = drop_refused_settings()
         arguments = {key: value for key, value in self.init_arguments.items() if key != "anonymous"}
-        arguments |= {"dir": str(folder), "name": os.environ.get("WANDB_NAME") or folder.name}
-        arguments["id"] = RunFolder(folder).wandb_id(os.environ.get("WANDB_RUN_ID"))
+        arguments |= {"dir": str(folder), "name": os.environ.get("WANDB_NAME") or folder.name, "id": run_id}
         reason = refused or self._why_offline(wandb.setup().settings)
         if not reason:
             try:
                 return wandb.init(**arguments)
-            except Exception as error:  # whatever it is, training goes on
+            except Exception as error:
                 reason = first_line(error)
                 wandb.teardown()  # else the id stays in use
-        try:
-            run = wandb.init(**arguments, mode="offline", settings=wandb.Settings(silent=True))
-        except Exception as error:
-            log.warning("W&B: not recording this run (%s)", first_line(error))
-            return wandb.init(mode="disabled")
+        run = wandb.init(**arguments, mode="offline", settings=wandb.Settings(silent=True))
         # All of them: a resumed run writes another file, and they are uploaded together, in order.
         log.warning("W&B: recording offline (%s); to upload: wandb sync %s/wandb/offline-run-*", reason, folder)
         return run
@@ -247,33 +250,14 @@ class WandbLogger(RelocatableWandbLogger):
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Do it, unless W&B has failed before."""
-        if not self._failed:
+        if not self.failed:
             try:
                 action()
             except Exception as error:  # W&B's service can die at any time, and training must not die with it
-                self._failed = True
+                self.failed = True
                 log.warning("W&B: no longer recording this run (%s); metrics.csv goes on", first_line(error))
                 with contextlib.suppress(Exception, SystemExit):
                     sys.modules["wandb"].teardown()
-
-
-def _drop_refused_settings() -> str:
-    """Take variables that W&B refuses out of the environment. Returns what is wrong with them; empty for nothing."""
-    import wandb
-    from pydantic import ValidationError  # which wandb depends on
-
-    problems: list[str] = []
-    while True:
-        try:
-            wandb.setup()
-        except ValidationError as error:
-            found = {f"WANDB_{item['loc'][0]}".upper(): item["msg"] for item in error.errors() if item["loc"]}
-            given = {name: os.environ.pop(name) for name in found if name in os.environ}
-            if not given:
-                raise
-            problems += [f"{name}={value}: {found[name]}" for name, value in given.items()]
-        else:
-            return "; ".join(problems)
 
 
 def _within(seconds: float, action: Callable[[], None], otherwise: str) -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -25,6 +26,26 @@ def set_handlers(handlers: Mapping[signal.Signals, Any]) -> None:
 def ignored(number: signal.Signals) -> bool:
     """Whether the signal is ignored, as ``nohup`` wants it for SIGHUP."""
     return signal.getsignal(number) == signal.SIG_IGN
+
+
+@contextlib.contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """During the block, SIGTERM and SIGHUP raise SystemExit, so that a run that has not begun can be undone.
+
+    SIGINT raises KeyboardInterrupt anyway.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM) if not ignored(number)}
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        set_handlers(dict.fromkeys(before, signal.SIG_IGN))  # another one must not disturb the undoing
+        _say(f"{signal.Signals(number).name}: ended before the first step")
+        raise SystemExit(128 + number)
+
+    set_handlers(dict.fromkeys(before, leave))
+    try:
+        yield
+    finally:
+        set_handlers(before)
 
 
 @contextlib.contextmanager

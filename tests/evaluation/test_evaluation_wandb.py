@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import wandb
 from PIL import Image
 
 from fmlit.cli.evaluate import Sweep, evaluate
@@ -41,3 +42,16 @@ def test_table_plot_and_scores_are_in_one_run(tmp_path):
     for cell in cells:
         value = kept[f"{cell['name']}/fd_pixels_40"]
         assert json.loads(value) == pytest.approx(cell["scores"]["fd_pixels_40"])
+
+
+def test_scores_are_there_without_a_wandb_that_starts(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **settings):
+        raise OSError("no such service")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    checkpoint = str(save_run(tmp_path / "runs" / "known", known_model()))
+    scoring = ScoringOptions(cache=str(tmp_path / "cache"), batch_size=40)
+    sweep = Sweep(steps=Integers([2]))
+    told = evaluate(checkpoint, n=40, sweep=sweep, out=str(tmp_path / "out"), scoring=scoring, wandb="course")
+    assert len(told["cells"]) == 1
+    assert "W&B: not recording this run (no such service)" in caplog.messages

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 
 from fmlit.training.callbacks import TrainingLog
 from fmlit.training.loggers import MetricsFile, WandbLogger
+from fmlit.training.wandb_environment import give_home
 from tests.helpers.tiny_cli import Outcome, metrics_of, runs_in, train
 from tests.helpers.wandb_files import history, no_account, recorded  # noqa: F401  # a fixture among them
 
@@ -258,6 +260,32 @@ def test_a_service_that_does_not_start_does_not_stop_the_training(
     monkeypatch.setattr(wandb, "init", refuse)
     assert train_with_wandb(tmp_path).summary["images_seen"] == 320
     assert notices(caplog) == ["W&B: not recording this run (no such service)"]
+
+
+@pytest.mark.parametrize("broken", ["setup", "Settings"])
+def test_a_wandb_that_fails_before_it_starts_does_not_stop_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(wandb, broken, fail)
+    assert train_with_wandb(tmp_path).summary["images_seen"] == 320
+    assert notices(caplog) == ["W&B: not recording this run (Could not determine home directory.)"]
+
+
+def test_a_user_without_a_home_gets_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    give_home()
+    assert os.environ["HOME"] == "/somewhere"
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    give_home()
+    assert Path(os.environ["HOME"]).parent == tmp_path
 
 
 @pytest.mark.parametrize(
