@@ -20,13 +20,13 @@ def build_loggers(config: Any, folder: RunFolder) -> list[Any]:
     where the recipe gives none, or its own default below the run folder: MLflow's files lie in ``mlruns``.
 
     Args:
-        config: the parsed value: a logger, several, or None, True or False, which stand for no further logger.
+        config: the parsed value: one logger or several. None, True and False add no logger.
         folder: the run folder.
 
     Raises:
-        UserError: of a constructor, headed by the key.
+        UserError: a logger refuses its arguments. The message starts with the key.
     """
-    configured = [item for item in listed(config) if isinstance(item, Namespace)]
+    configured = [item for item in as_list(config) if isinstance(item, Namespace)]
     if not configured:
         return []
     placed = [_placed(item, folder.path) for item in configured]
@@ -45,6 +45,6 @@ def _placed(item: Namespace, folder: Path) -> Namespace:
     return item
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """One value or several as a list; empty for None."""
     return [item for item in (value if isinstance(value, list) else [value]) if item is not None]

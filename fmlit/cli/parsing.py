@@ -72,11 +72,11 @@ class Parser(LightningArgumentParser):
             self._class = theclass
         if not (issubclass(theclass, Logger) and "save_dir" in _arguments(theclass)):
             return super().add_class_arguments(theclass, nested_key, *args, **kwargs)
-        # Lightning's require it, or take the working directory.
+        # Lightning's loggers require it, or write into the working directory.
         kwargs["skip"] = {*kwargs.get("skip", ()), "save_dir"}
         added = super().add_class_arguments(theclass, nested_key, *args, **kwargs)
         option = join_keys(nested_key or "", "save_dir")
-        self.add_argument(f"--{option}", type=str | None, help="Folder of its files. Null means the run folder.")
+        self.add_argument(f"--{option}", type=str | None, help="Folder for its files. Null means the run folder.")
         return added
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:

@@ -38,7 +38,7 @@ from lightning.pytorch.plugins import Precision
 
 import fmlit
 from fmlit.cli import errors, recipes
-from fmlit.cli.loggers import build_loggers, listed
+from fmlit.cli.loggers import as_list, build_loggers
 from fmlit.cli.parsing import LINKS, Parser, check_arguments, check_network, switch_on, tidy
 from fmlit.cli.run_options import MANAGED_TRAINER_OPTIONS, RunOptions
 from fmlit.core.errors import LostProcessError, UserError
@@ -55,7 +55,7 @@ from fmlit.training.loggers import MetricsFile
 from fmlit.training.modules import GenerativeModule
 from fmlit.training.rendezvous import agree
 from fmlit.training.resume import Start, find_start, take_weights
-from fmlit.training.signals import exit_on_signals
+from fmlit.training.signals import end_at_first_signal
 from fmlit.training.summary import Parts, describe_run, quiet_logging, summarize_run
 
 PARTS: dict[str, type[pl.Callback]] = Parts.__annotations__
@@ -197,7 +197,7 @@ class TrainingCLI(LightningCLI):
         if steps == -1:
             left = max(0, self.config["images"] - self.start.images)
             steps = self.start.step + math.ceil(left / self.datamodule.batch_size)
-        callbacks, plugins = (listed(given[key]) for key in ("callbacks", "plugins"))
+        callbacks, plugins = (as_list(given[key]) for key in ("callbacks", "plugins"))
         loggers = build_loggers(self._loggers, self.run_folder)
         trainer_settings.check_callbacks(callbacks)
         for logger in loggers:
@@ -281,7 +281,7 @@ def train(args: Sequence[str], default_config: Path = recipes.QUICKSTART, progra
     with quiet_logging(), contextlib.ExitStack() as ending:
         ending.callback(lease.release)
         preempted = None
-        with errors.one_line_errors(MEMORY), exit_on_signals():
+        with errors.one_line_errors(MEMORY), end_at_first_signal(sys.exit):
             cli = TrainingCLI(args, program)
             try:
                 cli.fit()

@@ -1,4 +1,4 @@
-"""Worker processes that read data. A stuck worker does not hold up a run for ever, and a lost one is one line."""
+"""Worker processes that read data. If one is stuck or lost, the run ends in one line instead of waiting forever."""
 
 import os
 import re
@@ -19,10 +19,9 @@ TIMEOUT_S = 600.0  # as for collectives: a worker that has handed over nothing b
 class WatchedLoader(DataLoader[T]):
     """A ``DataLoader`` that names what happened to its workers.
 
-    torch waits for ever for a worker that is stopped, that waits for its storage, or that cannot hand over its batch.
-    Its own ``timeout`` does not cover the last step, in which a worker passes on a file descriptor. So a timer kills
-    the workers if a batch takes longer than ``TIMEOUT_S``, which ends all waiting. Errors of the data set pass
-    unchanged.
+    torch waits forever for a worker that is stopped, that waits for its storage, or that cannot hand over its batch.
+    Its own ``timeout`` does not cover the last step, in which a worker passes on a file descriptor. So if a batch takes
+    longer than ``TIMEOUT_S``, a timer kills the workers, which ends the wait. Errors of the data set pass unchanged.
 
     Raises:
         TryAgainError: in the iterator, if a worker was killed, ended, or did not answer.
@@ -49,7 +48,7 @@ def _watch(batches: Iterator[T]) -> Iterator[T]:
                 cause = "one is stopped or waits for its storage, or TMPDIR has too long a path"
                 problem = f"the data workers have handed over no batch for {TIMEOUT_S:g} s: {cause}"
                 raise TryAgainError(problem) from error
-            if line := lost_worker(error) or _first_lost(workers):
+            if line := _first_lost(workers) or lost_worker(error):
                 raise TryAgainError(line) from error
             raise
         finally:

@@ -97,7 +97,7 @@ class DataModule(LightningDataModule, ABC):
             collate_fn=default_convert,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_outlive_preemption,
+            worker_init_fn=_ignore_signals,
             pin_memory=device.type == "cuda" and self._resident is None,
             generator=torch.Generator().manual_seed(self.seed),  # else each start takes a draw from the global one
         )
@@ -141,7 +141,7 @@ class DataModule(LightningDataModule, ABC):
         return RankSlice(self.batch_size // parts, trainer.global_rank, world_size)
 
 
-def _outlive_preemption(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """A job or a terminal sends its signals to all processes, and training needs the workers until it has saved.
 
     They end with the process that started them.

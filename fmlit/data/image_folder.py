@@ -168,14 +168,15 @@ class ImageFolder(DataModule):
         return self._readable(split, pictures) if self.check == "skip" else pictures
 
     def _readable(self, split: Split, pictures: PictureFolder) -> PictureFolder:
-        """Those that can be read. They are looked for once, unless another process has told this one."""
+        """The pictures that can be read. One process tries all of them once, and ``setup`` tells the others."""
         if split not in self._skipped:
             self._skipped[split] = list(find_problems(pictures, self.num_workers))
             if skipped := self._skipped[split]:
                 shown = ", ".join(skipped[:MOST_SKIPPED]) + (", ..." if len(skipped) > MOST_SKIPPED else "")
                 found = f"{len(skipped):,} of {len(pictures):,} pictures, which cannot be read"
                 log.warning("%s: left out %s: %s", pictures.root, found, shown)
-        names = sorted(set(pictures.names) - set(self._skipped[split]))
+        broken = set(self._skipped[split])
+        names = [name for name in pictures.names if name not in broken]
         labels = self._labels(Path(pictures.root), names)
         lost = sorted(set(pictures.labels.tolist()) - set(labels))
         if lost:

@@ -160,7 +160,7 @@ class RunFolder(os.PathLike[str]):
                 folder.path.rmdir()
                 raise
         except OSError as error:
-            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # of the record
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # write_record has wrapped it
             reason = cause.strerror or cause
             raise writing_error(f"cannot create a run folder in {root}: {reason}; choose another", cause) from error
         return folder

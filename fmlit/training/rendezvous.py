@@ -83,7 +83,7 @@ def _check_interactive_step() -> None:
     """
     env = os.environ
     several = int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1
-    if several and (int(env.get("SLURM_PROCID") or 0) > 0 or not sys.stdin.isatty()):
+    if several and (int(env.get("SLURM_PROCID") or 0) > 0 or not (sys.stdin and sys.stdin.isatty())):
         job = f"a Slurm job called {env.get('SLURM_JOB_NAME')!r}"
         problem = f"srun started {env['SLURM_STEP_NUM_TASKS']} processes in {job}, each of which would train alone"
         raise UserError(f"{problem}: put SLURM_JOB_NAME=train before srun, or give salloc another --job-name")

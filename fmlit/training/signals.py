@@ -29,17 +29,18 @@ def ignored(number: signal.Signals) -> bool:
 
 
 @contextlib.contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """During the block, SIGTERM and SIGHUP raise SystemExit, so that a run that has not begun can be undone.
+def end_at_first_signal(end: Callable[[int], object]) -> Iterator[None]:
+    """During the block, SIGTERM and SIGHUP end a run that has not begun. SIGINT raises KeyboardInterrupt anyway.
 
-    SIGINT raises KeyboardInterrupt anyway.
+    Args:
+        end: raises an exception for an exit code, so that what the run has made so far can be removed.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM) if not ignored(number)}
 
     def leave(number: int, frame: FrameType | None) -> None:
-        set_handlers(dict.fromkeys(before, signal.SIG_IGN))  # another one must not disturb the undoing
+        set_handlers(dict.fromkeys(before, signal.SIG_IGN))  # another one must not disturb the cleaning up
         _say(f"{signal.Signals(number).name}: ended before the first step")
-        raise SystemExit(128 + number)
+        end(128 + number)
 
     set_handlers(dict.fromkeys(before, leave))
     try:

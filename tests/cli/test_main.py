@@ -119,7 +119,7 @@ def test_a_recipe_is_found_by_name_unless_a_file_of_that_name_is_here(
         ("cifar_flow", "did you mean cifar10_flow?"),
         ("configs/cifar10_flow.yaml", "did you mean cifar10_flow?"),
         ("mine/first.yaml", "did you mean mine/fist.yaml?"),
-        ("unknown", "the recipes of fmlit are cifar10_flow, cifar10_score, "),
+        ("unknown", "the recipes of fmlit are cifar10_cpu, cifar10_flow, "),
     ],
 )
 def test_a_mistyped_name_suggests_a_near_one(

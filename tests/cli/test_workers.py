@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fmlit.core.workers import lost_worker
+from tests.helpers.processes import processes
 from tests.helpers.tiny_cli import recipe
 
 PROGRAM = """
@@ -58,8 +59,7 @@ def test_a_lost_worker_ends_the_run_in_one_line(tmp_path: Path, fault: str) -> N
     assert "Traceback" not in done.stderr
     assert ENDS[fault].replace("\\", "") in done.stderr.splitlines()[-1]
     time.sleep(1)
-    running = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
-    assert not running
+    assert not processes(tmp_path)
 
 
 class Ends(torch.utils.data.Dataset[int]):

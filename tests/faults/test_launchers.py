@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.jobs import RECIPE
+from tests.helpers.processes import processes
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
@@ -21,21 +22,6 @@ LAUNCHERS = {
 }
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
-
-
-def processes(folder: Path) -> dict[int, int]:
-    """Local rank by process id, of all that train into a folder."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and str(folder) in (entry / "cmdline").read_text():
-                environment = dict(
-                    pair.split("=", 1) for pair in (entry / "environ").read_text().split("\0") if "=" in pair
-                )
-                found[int(entry.name)] = int(environment.get("LOCAL_RANK", 0))
-        except OSError:
-            continue  # it has ended
-    return found
 
 
 def wait_for(condition, what: str, log: Path) -> None:

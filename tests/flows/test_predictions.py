@@ -104,13 +104,18 @@ def test_gains_are_the_derivatives_of_velocity_and_noise(path, prediction):
         assert_same(change.abs(), expand_time(gain, x).expand_as(x))
 
 
+def imperfect(path, prediction):
+    """Draws, and the output of a network that misses its target, with its squared errors."""
+    z, eps, t = draw((6,), n=64)
+    target = prediction.target(path, z, eps, t)
+    output = target + 0.1 * torch.randn_like(target)
+    return z, eps, t, path.sample(z, eps, t), output, (output - target).square()
+
+
 @each_path
 @each_prediction
 def test_weights_are_those_of_the_two_losses_up_to_a_bound(path, prediction):
-    z, eps, t = draw((6,), n=64)
-    x, target = path.sample(z, eps, t), prediction.target(path, z, eps, t)
-    output = target + 0.1 * torch.randn_like(target)
-    errors = (output - target).square()
+    z, eps, t, x, output, errors = imperfect(path, prediction)
     velocity = (prediction.velocity(path, output, x, t) - path.velocity(z, eps, t)).square()
     noise = (prediction.noise(path, output, x, t) - eps).square()
 
@@ -132,12 +137,10 @@ def test_weights_are_those_of_the_two_losses_up_to_a_bound(path, prediction):
 @each_path
 @each_prediction
 def test_the_unweighted_score_matching_loss_is_the_square_of_the_scores_error(path, prediction):
-    z, eps, t = draw((6,), n=64)
-    x, target = path.sample(z, eps, t), prediction.target(path, z, eps, t)
-    output = target + 0.1 * torch.randn_like(target)
+    _, eps, t, x, output, errors = imperfect(path, prediction)
     weight = prediction.score_matching_weight(path, t, weighted=False)
     error = prediction.score(path, output, x, t) + eps / path.beta(t)[:, None]
-    assert_same(weight[:, None] * (output - target).square(), error.square())
+    assert_same(weight[:, None] * errors, error.square())
 
 
 @each_path
